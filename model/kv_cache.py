@@ -1,0 +1,69 @@
+"""The paged KV tensors and their byte arithmetic; no policy.
+
+Keys and values of all layers live in two tensors of blocks. Which block belongs to which
+sequence is decided in `service/engine/blocks.py`; here a block is only a number.
+
+Layout: (num_layers, num_blocks, num_kv_heads, block_size, head_dim). One head's keys of a
+block lie together, so that a block is a ready operand of the product Q K^T.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from model.config import ModelConfig
+
+
+def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of keys and values of all layers that one block holds."""
+    return 2 * config.num_layers * config.kv_size * block_size * dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class KVCache:
+    """Keys and values of every layer, in blocks."""
+
+    keys: Float[Tensor, "num_layers num_blocks num_kv_heads block_size head_dim"]
+    values: Float[Tensor, "num_layers num_blocks num_kv_heads block_size head_dim"]
+
+    @classmethod
+    def allocate(
+        cls,
+        config: ModelConfig,
+        *,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> KVCache:
+        """Zeroed blocks. Zero matters: a masked position contributes 0 * value, and
+        0 * NaN would not be 0."""
+        shape = (config.num_layers, num_blocks, config.num_kv_heads, block_size, config.head_dim)
+        return cls(
+            torch.zeros(shape, dtype=dtype, device=device),
+            torch.zeros(shape, dtype=dtype, device=device),
+        )
+
+    @property
+    def num_blocks(self) -> int:
+        return int(self.keys.shape[1])
+
+    @property
+    def block_size(self) -> int:
+        return int(self.keys.shape[3])
+
+    def write(
+        self,
+        layer: int,
+        keys: Float[Tensor, "num_tokens num_kv_heads head_dim"],
+        values: Float[Tensor, "num_tokens num_kv_heads head_dim"],
+        blocks: Int[Tensor, " num_tokens"],
+        offsets: Int[Tensor, " num_tokens"],
+    ) -> None:
+        """Put one key and value a token at (blocks[i], offsets[i]) of `layer`."""
+        self.keys[layer][blocks, :, offsets] = keys.to(self.keys.dtype)
+        self.values[layer][blocks, :, offsets] = values.to(self.values.dtype)

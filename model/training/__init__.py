@@ -1,0 +1,1 @@
+"""How the bundled checkpoint was made: `python -m model.training --help`."""

@@ -1,0 +1,107 @@
+"""The transformer: embed -> blocks(attention, MLP) -> norm -> logits.
+
+One class for every family; `ModelConfig` says which parts it has.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from model.attention import SelfAttention
+from model.backends.base import AttentionStep
+from model.config import ConfigError, ModelConfig
+from model.layers import make_mlp, make_norm
+from model.positions import gather_rotary, rotary_table, sinusoidal_table
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)): pre-norm residuals."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(config)
+        self.attention = SelfAttention(config, layer)
+        self.mlp_norm = make_norm(config)
+        self.mlp = make_mlp(config)
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "num_tokens hidden"],
+        rotary: tuple[Tensor, Tensor] | None,
+        attend: AttentionStep,
+    ) -> Float[Tensor, "num_tokens hidden"]:
+        hidden = hidden + self.attention(self.attention_norm(hidden), rotary, attend)
+        out: Tensor = hidden + self.mlp(self.mlp_norm(hidden))
+        return out
+
+
+class Transformer(nn.Module):
+    """A decoder-only transformer.
+
+    `max_positions` bounds the position tables (default: the config's). Raises `ConfigError`
+    when learned positions end before it.
+    """
+
+    def __init__(self, config: ModelConfig, *, max_positions: int | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.max_positions = max_positions or config.max_positions
+        if config.position == "learned" and self.max_positions > config.max_positions:
+            raise ConfigError(
+                f"learned positions end at {config.max_positions}; "
+                f"max_positions {self.max_positions} was asked for"
+            )
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = (
+            nn.Embedding(config.max_positions, config.hidden_size)
+            if config.position == "learned"
+            else None
+        )
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.final_norm = make_norm(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embedding.weight
+        self.position_tables = self._make_position_tables()
+
+    def _make_position_tables(self) -> tuple[Tensor, ...]:
+        """Tables computed, not learned: (cos, sin), (sinusoids,) or nothing; always float32
+        and made on the CPU, so that building on the meta device leaves them real."""
+        with torch.device("cpu"):
+            if self.config.position == "rotary":
+                return rotary_table(self.config, self.max_positions)
+            if self.config.position == "sinusoidal":
+                return (sinusoidal_table(self.max_positions, self.config.hidden_size),)
+        return ()
+
+    def place_position_tables(self, device: torch.device | str) -> None:
+        """Move the computed tables beside the weights (they are no parameters)."""
+        self.position_tables = tuple(table.to(device) for table in self.position_tables)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, " num_tokens"],
+        positions: Int[Tensor, " num_tokens"],
+        attend: AttentionStep,
+    ) -> Float[Tensor, "num_tokens hidden"]:
+        """Hidden states after the final norm; `attend` says which tokens see which."""
+        hidden = self.embedding(input_ids)
+        rotary: tuple[Tensor, Tensor] | None = None
+        if self.position_embedding is not None:
+            hidden = hidden + self.position_embedding(positions)
+        elif self.config.position == "sinusoidal":
+            hidden = hidden + self.position_tables[0][positions].to(hidden.dtype)
+        else:
+            cos, sin = self.position_tables
+            rotary = gather_rotary(cos, sin, positions, hidden.dtype)
+        for block in self.blocks:
+            hidden = block(hidden, rotary, attend)
+        normed: Tensor = self.final_norm(hidden)
+        return normed
+
+    def logits(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocab_size"]:
+        """Scores of every next token, float32."""
+        scores: Tensor = self.lm_head(hidden)
+        return scores.float()

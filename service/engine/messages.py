@@ -1,0 +1,148 @@
+"""What crosses the boundary between the API process and the engine process; nothing else does.
+
+msgspec structs as MessagePack, length-bounded and schema-checked on arrival; never pickle.
+One `StepOutput` goes up per engine step, whatever the batch.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from model.sampling_params import SamplingParams
+
+MAX_MESSAGE_BYTES = 64 * 2**20
+
+
+class EngineConfig(msgspec.Struct, frozen=True, tag=True):
+    """The first message down: everything the engine process needs to start."""
+
+    model_dir: str
+    device: str = "auto"
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_batched_tokens: int = 1024
+    kv_cache_bytes: int | None = None
+    block_size: int = 32
+    threads: int | None = None
+    deterministic: bool = True
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True):
+    """Run one sequence. `output_token_ids` holds what it already produced, for a sequence
+    that goes on after its engine died."""
+
+    id: int
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    priority: int = 0
+    output_token_ids: list[int] = []
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """Forget a sequence; no output with its id is sent any more, and none is answered."""
+
+    id: int
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    """End the process now."""
+
+
+ToEngine = EngineConfig | Submit | Abort | Shutdown
+
+
+class ModelInfo(msgspec.Struct, frozen=True):
+    """What the loaded model is; /info shows it."""
+
+    family: str
+    num_parameters: int
+    dtype: str
+    device: str
+    vocab_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    context_length: int
+    eos_token_ids: list[int]
+    block_size: int
+    num_blocks: int
+    kv_cache_bytes: int
+    weight_bytes: int
+    load_s: float
+    torch_version: str
+    threads: int
+    deterministic: bool
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The engine can take requests."""
+
+    info: ModelInfo
+
+
+class StartFailed(msgspec.Struct, frozen=True, tag=True):
+    """The engine cannot start, and why, in words for the operator."""
+
+    reason: str
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probability of a chosen token and of the likeliest alternatives, the model's own."""
+
+    token_id: int
+    logprob: float
+    rank: int  # 1 is the likeliest
+    top: list[tuple[int, float]]
+
+
+EngineFinish = Literal["stop", "length", "error"]
+
+
+class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
+    """What one sequence got in this step."""
+
+    id: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: EngineFinish | None = None
+    stop_token_id: int | None = None
+    error: str | None = None
+    cached_prompt_tokens: int = 0
+    queue_s: float = 0.0  # from arrival to the first step it ran in
+    prefill_s: float = 0.0  # from there to its first token
+
+
+class EngineStats(msgspec.Struct, frozen=True, array_like=True):
+    """Gauges and counters of the engine, as of this message."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    free_blocks: int = 0
+    referenced_blocks: int = 0
+    cached_blocks: int = 0
+    total_blocks: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    step_s: float = 0.0
+    step_tokens: int = 0
+
+
+class StepOutput(msgspec.Struct, frozen=True, tag=True):
+    """All tokens of one step, and the heartbeat; empty when the engine is idle."""
+
+    outputs: list[SequenceOutput]
+    stats: EngineStats
+
+
+FromEngine = Ready | StartFailed | StepOutput
+
+encoder = msgspec.msgpack.Encoder()
+to_engine_decoder = msgspec.msgpack.Decoder(ToEngine)
+from_engine_decoder = msgspec.msgpack.Decoder(FromEngine)
