@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from model.backends.base import AttentionStep
 from model.config import ModelConfig
 from model.layers import RMSNorm
-from model.positions import apply_rotary
+from model.positions import RotaryPositions, apply_rotary
 
 
 def scaled_dot_product(
@@ -66,21 +66,30 @@ class SelfAttention(nn.Module):
         self.query_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.key_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
-    def forward(
-        self,
-        hidden: Float[Tensor, "num_tokens hidden"],
-        rotary: tuple[Tensor, Tensor] | None,
-        attend: AttentionStep,
-    ) -> Float[Tensor, "num_tokens hidden"]:
-        """`rotary` is this step's (cos, sin), each (num_tokens, 1, head_dim), or None."""
-        qkv = self.qkv(hidden).view(hidden.shape[0], -1, self.head_dim)
-        queries, keys, values = qkv.split(
+    def heads(
+        self, qkv: Float[Tensor, "num_tokens qkv_size"], rotary: RotaryPositions | None
+    ) -> tuple[
+        Float[Tensor, "num_tokens num_heads head_dim"],
+        Float[Tensor, "num_tokens num_kv_heads head_dim"],
+        Float[Tensor, "num_tokens num_kv_heads head_dim"],
+    ]:
+        """Queries, keys and values of the product, normed and turned to their positions."""
+        queries, keys, values = qkv.view(qkv.shape[0], -1, self.head_dim).split(
             (self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1
         )
         if self.query_norm is not None and self.key_norm is not None:
             queries, keys = self.query_norm(queries), self.key_norm(keys)
         if rotary is not None:
-            queries, keys = apply_rotary(queries, *rotary), apply_rotary(keys, *rotary)
-        mixed = attend(self.layer, queries, keys, values)
-        out: Tensor = self.out(mixed.reshape(hidden.shape[0], -1))
+            cos, sin = rotary.cos_sin(qkv.dtype)
+            queries, keys = apply_rotary(queries, cos, sin), apply_rotary(keys, cos, sin)
+        return queries, keys, values
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "num_tokens hidden"],
+        rotary: RotaryPositions | None,
+        attend: AttentionStep,
+    ) -> Float[Tensor, "num_tokens hidden"]:
+        """What each token gathers from the ones it may see."""
+        out: Tensor = self.out(attend(self, self.qkv(hidden), rotary))
         return out

@@ -41,6 +41,29 @@ class RopeScaling:
     mscale_all_dim: float | None = None  # yarn
     truncate: bool = True  # yarn: round the ramp's ends outward to whole dimensions
 
+    def __post_init__(self) -> None:
+        if not self.factor >= 1:
+            raise ConfigError(f"the rotary scaling factor must be at least 1, got {self.factor}")
+        if self.kind == "linear":
+            return
+        if self.original_max_positions < 1:
+            raise ConfigError(
+                f"{self.kind} scaling needs the original_max_positions it stretches, "
+                f"got {self.original_max_positions}"
+            )
+        if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ConfigError(
+                f"llama3 scaling needs 0 < low_freq_factor < high_freq_factor, "
+                f"got {self.low_freq_factor} and {self.high_freq_factor}"
+            )
+        if self.kind == "yarn" and not 0 < self.beta_slow <= self.beta_fast:
+            raise ConfigError(
+                f"yarn scaling needs 0 < beta_slow <= beta_fast, "
+                f"got {self.beta_slow} and {self.beta_fast}"
+            )
+        if self.attention_factor is not None and not self.attention_factor > 0:
+            raise ConfigError(f"attention_factor must be positive, got {self.attention_factor}")
+
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
@@ -108,6 +131,8 @@ class ModelConfig:
             raise ConfigError(f"a sliding window must be at least 1, got {self.sliding_windows}")
         if not self.norm_eps > 0:
             raise ConfigError(f"norm_eps must be positive, got {self.norm_eps}")
+        if not self.rope_theta > 1:
+            raise ConfigError(f"rope_theta must be above 1, got {self.rope_theta}")
 
     @property
     def query_size(self) -> int:

@@ -3,8 +3,8 @@
 Keys and values of all layers live in two tensors of blocks. Which block belongs to which
 sequence is decided in `service/engine/blocks.py`; here a block is only a number.
 
-Layout: (num_layers, num_blocks, num_kv_heads, block_size, head_dim). One head's keys of a
-block lie together, so that a block is a ready operand of the product Q K^T.
+One head's part of a block is a ready operand of each product: K^T, (head_dim, block_size),
+for Q K^T, and V, (block_size, head_dim), for the weighted sum.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) ->
 class KVCache:
     """Keys and values of every layer, in blocks."""
 
-    keys: Float[Tensor, "num_layers num_blocks num_kv_heads block_size head_dim"]
+    keys: Float[Tensor, "num_layers num_blocks num_kv_heads head_dim block_size"]
     values: Float[Tensor, "num_layers num_blocks num_kv_heads block_size head_dim"]
 
     @classmethod
@@ -42,10 +42,10 @@ class KVCache:
     ) -> KVCache:
         """Zeroed blocks. Zero matters: a masked position contributes 0 * value, and
         0 * NaN would not be 0."""
-        shape = (config.num_layers, num_blocks, config.num_kv_heads, block_size, config.head_dim)
+        pages = (config.num_layers, num_blocks, config.num_kv_heads)
         return cls(
-            torch.zeros(shape, dtype=dtype, device=device),
-            torch.zeros(shape, dtype=dtype, device=device),
+            torch.zeros(*pages, config.head_dim, block_size, dtype=dtype, device=device),
+            torch.zeros(*pages, block_size, config.head_dim, dtype=dtype, device=device),
         )
 
     @property
@@ -54,7 +54,7 @@ class KVCache:
 
     @property
     def block_size(self) -> int:
-        return int(self.keys.shape[3])
+        return int(self.values.shape[3])
 
     def write(
         self,
@@ -65,5 +65,5 @@ class KVCache:
         offsets: Int[Tensor, " num_tokens"],
     ) -> None:
         """Put one key and value a token at (blocks[i], offsets[i]) of `layer`."""
-        self.keys[layer][blocks, :, offsets] = keys.to(self.keys.dtype)
+        self.keys[layer][blocks, :, :, offsets] = keys.to(self.keys.dtype)
         self.values[layer][blocks, :, offsets] = values.to(self.values.dtype)

@@ -115,13 +115,28 @@ def apply_rotary(
     return heads * cos + rotated * sin
 
 
-def gather_rotary(
-    cos_table: Float[Tensor, "max_positions head_dim"],
-    sin_table: Float[Tensor, "max_positions head_dim"],
-    positions: Int[Tensor, " num_tokens"],
-    dtype: torch.dtype,
-) -> tuple[Float[Tensor, "num_tokens 1 head_dim"], Float[Tensor, "num_tokens 1 head_dim"]]:
-    """The rows of the tables for this step's tokens, ready to broadcast over the heads."""
-    cos = cos_table[positions].to(dtype)[:, None]
-    sin = sin_table[positions].to(dtype)[:, None]
-    return cos, sin
+class RotaryPositions:
+    """Where this step's tokens stand, for rotary attention: the tables and the rows of them
+    that the step needs, gathered once and shared by all layers."""
+
+    __slots__ = ("_gathered", "cos_table", "positions", "sin_table")
+
+    def __init__(
+        self,
+        cos_table: Float[Tensor, "max_positions head_dim"],
+        sin_table: Float[Tensor, "max_positions head_dim"],
+        positions: Int[Tensor, " num_tokens"],
+    ) -> None:
+        self.cos_table, self.sin_table, self.positions = cos_table, sin_table, positions
+        self._gathered: tuple[Tensor, Tensor] | None = None
+
+    def cos_sin(
+        self, dtype: torch.dtype
+    ) -> tuple[Float[Tensor, "num_tokens 1 head_dim"], Float[Tensor, "num_tokens 1 head_dim"]]:
+        """This step's rows, ready to broadcast over the heads."""
+        if self._gathered is None:
+            self._gathered = (
+                self.cos_table[self.positions].to(dtype)[:, None],
+                self.sin_table[self.positions].to(dtype)[:, None],
+            )
+        return self._gathered

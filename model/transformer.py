@@ -13,7 +13,7 @@ from model.attention import SelfAttention
 from model.backends.base import AttentionStep
 from model.config import ConfigError, ModelConfig
 from model.layers import make_mlp, make_norm
-from model.positions import gather_rotary, rotary_table, sinusoidal_table
+from model.positions import RotaryPositions, rotary_table, sinusoidal_table
 
 
 class Block(nn.Module):
@@ -29,7 +29,7 @@ class Block(nn.Module):
     def forward(
         self,
         hidden: Float[Tensor, "num_tokens hidden"],
-        rotary: tuple[Tensor, Tensor] | None,
+        rotary: RotaryPositions | None,
         attend: AttentionStep,
     ) -> Float[Tensor, "num_tokens hidden"]:
         hidden = hidden + self.attention(self.attention_norm(hidden), rotary, attend)
@@ -88,14 +88,14 @@ class Transformer(nn.Module):
     ) -> Float[Tensor, "num_tokens hidden"]:
         """Hidden states after the final norm; `attend` says which tokens see which."""
         hidden = self.embedding(input_ids)
-        rotary: tuple[Tensor, Tensor] | None = None
+        rotary = None
         if self.position_embedding is not None:
             hidden = hidden + self.position_embedding(positions)
         elif self.config.position == "sinusoidal":
             hidden = hidden + self.position_tables[0][positions].to(hidden.dtype)
         else:
-            cos, sin = self.position_tables
-            rotary = gather_rotary(cos, sin, positions, hidden.dtype)
+            cos_table, sin_table = self.position_tables
+            rotary = RotaryPositions(cos_table, sin_table, positions)
         for block in self.blocks:
             hidden = block(hidden, rotary, attend)
         normed: Tensor = self.final_norm(hidden)

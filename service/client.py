@@ -1,14 +1,54 @@
-"""The API's side of the engine: the journal of requests in flight, and supervision."""
+"""The API's side of the engine: the journal of requests in flight, and supervision.
+
+For each sequence in flight the journal holds its prompt, its sampling parameters and every
+token received. When the engine process dies, another takes its place and the unfinished
+sequences go on from where they were: noise is a function of (seed, position, token), so the
+tokens are the ones the first engine would have drawn.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import asyncio
+import contextlib
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+import msgspec
+import zmq.asyncio
+
 from model.sampling_params import SamplingParams
-from service.engine.messages import EngineStats, ModelInfo, SequenceOutput
+from service.engine.messages import (
+    Abort,
+    EngineConfig,
+    EngineStats,
+    ModelInfo,
+    Ready,
+    SequenceOutput,
+    Shutdown,
+    StartFailed,
+    StepOutput,
+    Submit,
+    ToEngine,
+    TokenLogprob,
+    encoder,
+    from_engine_decoder,
+)
+from service.engine_process import EngineProcess
+
+log = logging.getLogger("vitrine.engine")
 
 EngineState = Literal["starting", "idle", "busy", "stalled", "restarting", "draining", "failed"]
+
+# A sequence that was running at this many deaths of the engine is taken for their cause.
+MAX_DEATHS = 3
+# Lives shorter than this, one after another, are a crash loop: wait longer each time.
+SHORT_LIFE_S = 10.0
+MAX_BACKOFF_S = 30.0
 
 
 class QueueFullError(Exception):
@@ -78,3 +118,320 @@ class Engine(Protocol):
         Raises `QueueFullError`, `EngineUnavailableError` or `NeverFitsError`.
         """
         ...
+
+
+@dataclass(slots=True, eq=False)
+class JournalEntry:
+    """A sequence in flight: what is needed to run it again, and what its reader has not
+    yet taken. Implements `TokenStream`."""
+
+    id: int
+    request: SequenceRequest
+    drop: Callable[[JournalEntry], None]
+    token_ids: list[int] = field(default_factory=list)  # all received
+    deaths: int = 0
+    _taken: int = 0  # of token_ids
+    _logprobs: list[TokenLogprob] = field(default_factory=list)  # not yet taken
+    _last: SequenceOutput | None = None
+    _timing: tuple[float, float] = (0.0, 0.0)
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def next(self) -> SequenceOutput:
+        await self._news.wait()
+        self._news.clear()
+        last = self._last
+        if last is None:
+            raise RuntimeError(f"sequence {self.id} was woken without an output")
+        token_ids = self.token_ids[self._taken :]
+        logprobs, self._logprobs = self._logprobs, []
+        self._taken = len(self.token_ids)
+        return SequenceOutput(
+            id=self.id,
+            token_ids=token_ids,
+            logprobs=logprobs if self.request.sampling.logprobs is not None else None,
+            finish_reason=last.finish_reason,
+            stop_token_id=last.stop_token_id,
+            error=last.error,
+            cached_prompt_tokens=last.cached_prompt_tokens,
+            queue_s=self._timing[0],
+            prefill_s=self._timing[1],
+        )
+
+    def cancel(self) -> None:
+        self.drop(self)
+
+    def receive(self, output: SequenceOutput) -> None:
+        """Book what the engine sent."""
+        if not self.token_ids and output.token_ids:
+            self._timing = (output.queue_s, output.prefill_s)
+        self.token_ids += output.token_ids
+        self._logprobs += output.logprobs or []
+        self._last = output
+        self._news.set()
+
+    def to_submit(self) -> Submit:
+        """The message that starts this sequence, or starts it again where it was."""
+        return Submit(
+            self.id,
+            self.request.prompt_token_ids,
+            self.request.sampling,
+            self.request.priority,
+            self.token_ids,
+        )
+
+
+class EngineClient:
+    """Owns the engine process: starts it, replaces it when it dies or stalls, ends it."""
+
+    def __init__(self, *, max_in_flight: int, stall_s: float) -> None:
+        self.max_in_flight = max_in_flight
+        self.stall_s = stall_s
+        self.restarts = 0
+        self._ids = itertools.count(1)
+        self._journal: dict[int, JournalEntry] = {}
+        self._engine: EngineProcess | None = None
+        self._socket: zmq.asyncio.Socket | None = None
+        self._info: ModelInfo | None = None
+        self._stats = EngineStats()
+        self._ready = False
+        self._draining = False
+        self._nothing_in_flight = asyncio.Event()
+        self._nothing_in_flight.set()
+        self._failure = ""
+        self._heard_at = time.monotonic()
+        self._supervisor: asyncio.Task[None] | None = None
+        self._finishes: deque[float] = deque(maxlen=32)  # when the latest sequences ended
+        self.failed = asyncio.Event()  # set when the engine cannot start at all
+
+    @property
+    def info(self) -> ModelInfo | None:
+        return self._info
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    @property
+    def failure(self) -> str:
+        """Why the engine cannot start at all; empty when it can."""
+        return self._failure
+
+    @property
+    def in_flight(self) -> int:
+        """Sequences accepted and not yet ended."""
+        return len(self._journal)
+
+    @property
+    def heartbeat_age_s(self) -> float:
+        """Seconds since the engine was last heard."""
+        return time.monotonic() - self._heard_at
+
+    @property
+    def state(self) -> EngineState:
+        if self._draining:
+            return "draining"
+        if self._failure:
+            return "failed"
+        if not self._ready:
+            return "restarting" if self.restarts else "starting"
+        if self.heartbeat_age_s > self.stall_s / 2:
+            return "stalled"
+        return "busy" if self._journal else "idle"
+
+    @property
+    def state_reason(self) -> str:
+        return {
+            "starting": "the engine is loading the model",
+            "restarting": "the engine died and is being replaced",
+            "stalled": f"the engine has not been heard for {self.heartbeat_age_s:.1f} s",
+            "draining": "the server is shutting down",
+            "failed": f"the engine cannot start: {self._failure}",
+        }.get(self.state, "")
+
+    def submit(self, requests: list[SequenceRequest]) -> list[TokenStream]:
+        self._admit(requests)
+        entries = [JournalEntry(next(self._ids), request, self._drop) for request in requests]
+        for entry in entries:
+            self._journal[entry.id] = entry
+            self._nothing_in_flight.clear()
+            self._send(entry.to_submit())
+        return list(entries)
+
+    def spawn(self) -> None:
+        """Start the engine process; it loads libraries while the caller goes on."""
+        self._engine = EngineProcess.spawn()
+
+    def start(self, config: EngineConfig) -> None:
+        """Begin supervising; needs a running event loop."""
+        self._supervisor = asyncio.create_task(self._supervise(config), name="engine-supervisor")
+
+    def fail(self, reason: str) -> None:
+        """The engine cannot start, and why, in words: `state` says so, `failed` is set, and
+        whatever is in flight ends with an error."""
+        self._failure = reason
+        for entry in list(self._journal.values()):
+            self._end_with_error(entry, f"the engine cannot start: {reason}")
+        self.failed.set()
+
+    async def drain(self, grace_s: float) -> None:
+        """Take nothing new and wait until what runs is done, at most `grace_s`; what is
+        left then ends as cancelled, with the tokens it has."""
+        self._draining = True
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._nothing_in_flight.wait(), grace_s)
+        for entry in list(self._journal.values()):
+            self._drop(entry)
+            entry.receive(SequenceOutput(entry.id, [], finish_reason="cancelled"))
+
+    async def stop(self) -> None:
+        """End the engine process."""
+        self._draining = True
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._supervisor
+        self._send(Shutdown())
+        await self._end_engine(grace_s=2.0)
+
+    def _admit(self, requests: list[SequenceRequest]) -> None:
+        state = self.state
+        info = self._info
+        if state in ("starting", "draining", "failed") or info is None:
+            raise EngineUnavailableError(self.state_reason, retry_after_s=2.0)
+        for request in requests:
+            _check_fits(request, info)
+        if self.in_flight + len(requests) > self.max_in_flight:
+            excess = self.in_flight + len(requests) - self.max_in_flight
+            raise QueueFullError(
+                f"{self.in_flight} requests are in flight; the limit is {self.max_in_flight}",
+                retry_after_s=self._drain_time_s(excess),
+            )
+
+    def _drain_time_s(self, count: int) -> float:
+        """How long the latest rate of finishing takes to finish `count` more: 1 .. 60 s."""
+        if len(self._finishes) < 2:
+            return 1.0
+        span_s = time.monotonic() - self._finishes[0]
+        return min(60.0, max(1.0, count * span_s / len(self._finishes)))
+
+    def _drop(self, entry: JournalEntry) -> None:
+        if self._forget(entry):
+            self._send(Abort(entry.id))
+
+    def _forget(self, entry: JournalEntry) -> bool:
+        """Take an ended sequence out of the journal; False when it was not in it."""
+        was_there = self._journal.pop(entry.id, None) is not None
+        if not self._journal:
+            self._nothing_in_flight.set()
+        return was_there
+
+    def _send(self, message: ToEngine) -> None:
+        """Queue a message; without an engine there is nobody to tell, and the journal is
+        what the next one starts from."""
+        if self._ready and self._socket is not None:
+            self._socket.send(encoder.encode(message))
+
+    async def _supervise(self, config: EngineConfig) -> None:
+        """Run one engine after another until stopped or the engine cannot start."""
+        backoff_s = 0.0
+        while True:
+            began = time.monotonic()
+            if self._engine is None:
+                self.spawn()
+            try:
+                reason = await self._run_engine(config)
+            finally:
+                self._ready = False
+            await self._end_engine(grace_s=0.0)
+            if self._failure:
+                return
+            self.restarts += 1
+            self._count_deaths()
+            log.error("%s; replacing it (%d in flight)", reason, self.in_flight)
+            is_short = time.monotonic() - began < SHORT_LIFE_S
+            backoff_s = min(MAX_BACKOFF_S, max(0.5, 2 * backoff_s)) if is_short else 0.0
+            await asyncio.sleep(backoff_s)
+
+    async def _run_engine(self, config: EngineConfig) -> str:
+        """Configure the engine and read it until it dies or stalls; says which."""
+        engine = self._engine
+        if engine is None:
+            raise RuntimeError("no engine process was spawned")
+        self._socket = engine.bind()
+        self._socket.send(encoder.encode(config))
+        self._heard_at = time.monotonic()
+        while True:
+            if await self._socket.poll(200):
+                try:
+                    self._handle(await self._socket.recv())
+                except msgspec.MsgspecError as error:
+                    return f"the engine sent a message that breaks the schema: {error}"
+                if self._failure:
+                    return self._failure
+                continue
+            status = engine.process.poll()
+            if status is not None:
+                return f"the engine process ended with status {status}"
+            if self._ready and self.heartbeat_age_s > self.stall_s:
+                return f"the engine was not heard for {self.heartbeat_age_s:.1f} s"
+
+    def _handle(self, data: bytes) -> None:
+        message = from_engine_decoder.decode(data)
+        self._heard_at = time.monotonic()
+        if isinstance(message, StepOutput):
+            self._stats = message.stats
+            for output in message.outputs:
+                self._deliver(output)
+        elif isinstance(message, Ready):
+            self._info = message.info
+            self._ready = True
+            for entry in self._journal.values():
+                self._send(entry.to_submit())
+        elif isinstance(message, StartFailed):
+            self.fail(message.reason)
+
+    def _deliver(self, output: SequenceOutput) -> None:
+        entry = self._journal.get(output.id)
+        if entry is None:
+            return  # cancelled while this was on its way
+        entry.deaths = 0
+        entry.receive(output)
+        if output.finish_reason is not None:
+            self._forget(entry)
+            self._finishes.append(time.monotonic())
+
+    def _count_deaths(self) -> None:
+        for entry in list(self._journal.values()):
+            entry.deaths += 1
+            if entry.deaths >= MAX_DEATHS:
+                self._end_with_error(
+                    entry, f"the engine died {entry.deaths} times while this request was in it"
+                )
+
+    def _end_with_error(self, entry: JournalEntry, reason: str) -> None:
+        self._forget(entry)
+        entry.receive(SequenceOutput(entry.id, [], finish_reason="error", error=reason))
+
+    async def _end_engine(self, grace_s: float) -> None:
+        if self._engine is not None:
+            await asyncio.to_thread(self._engine.end, grace_s)
+            self._engine = None
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+
+def _check_fits(request: SequenceRequest, info: ModelInfo) -> None:
+    """Refuse what could never run, with the numbers (law 3)."""
+    num_prompt, max_tokens = len(request.prompt_token_ids), request.sampling.max_tokens
+    if num_prompt + max_tokens > info.context_length:
+        raise NeverFitsError(
+            f"the prompt has {num_prompt} tokens and max_tokens is {max_tokens}; together "
+            f"{num_prompt + max_tokens}, and the context length is {info.context_length}"
+        )
+    capacity = info.num_blocks * info.block_size
+    if num_prompt + max_tokens > capacity:
+        raise NeverFitsError(
+            f"the prompt has {num_prompt} tokens and max_tokens is {max_tokens}; together "
+            f"{num_prompt + max_tokens}, and the KV cache holds {capacity}"
+        )

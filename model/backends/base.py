@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from jaxtyping import Float
 from torch import Tensor
 
 from model.batch import ForwardBatch
+from model.positions import RotaryPositions
+
+if TYPE_CHECKING:
+    from model.attention import SelfAttention
 
 
 class AttentionStep(Protocol):
     """Attention for one forward: knows the step's batch and the cache.
 
-    Called once a layer. Writes the new keys and values into the cache, then lets every
-    query see its own sequence's positions up to and including itself.
+    Called once a layer with that layer's `[queries | keys | values]` product. Applies
+    query/key norm and rotary positions, writes the new keys and values into the cache, and
+    lets every query see its own sequence's positions up to and including itself. A backend
+    may do all of this in one kernel; `SelfAttention.heads` is the plain way to begin.
     """
 
     def __call__(
         self,
-        layer: int,
-        queries: Float[Tensor, "num_tokens num_heads head_dim"],
-        keys: Float[Tensor, "num_tokens num_kv_heads head_dim"],
-        values: Float[Tensor, "num_tokens num_kv_heads head_dim"],
-    ) -> Float[Tensor, "num_tokens num_heads head_dim"]: ...
+        attention: SelfAttention,
+        qkv: Float[Tensor, "num_tokens qkv_size"],
+        rotary: RotaryPositions | None,
+    ) -> Float[Tensor, "num_tokens query_size"]: ...
 
 
 class AttentionBackend(Protocol):

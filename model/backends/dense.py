@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from model.attention import SelfAttention
 from model.config import ModelConfig
+from model.positions import RotaryPositions
 
 
 class DenseAttention:
@@ -24,16 +26,15 @@ class DenseAttention:
 
     def __call__(
         self,
-        layer: int,
-        queries: Float[Tensor, "num_tokens num_heads head_dim"],
-        keys: Float[Tensor, "num_tokens num_kv_heads head_dim"],
-        values: Float[Tensor, "num_tokens num_kv_heads head_dim"],
-    ) -> Float[Tensor, "num_tokens num_heads head_dim"]:
+        attention: SelfAttention,
+        qkv: Float[Tensor, "num_tokens qkv_size"],
+        rotary: RotaryPositions | None,
+    ) -> Float[Tensor, "num_tokens query_size"]:
         q, k, v = (
-            x.view(self.batch_size, -1, *x.shape[1:]).transpose(1, 2)
-            for x in (queries, keys, values)
+            heads.unflatten(0, (self.batch_size, -1)).transpose(1, 2)
+            for heads in attention.heads(qkv, rotary)
         )
         out = F.scaled_dot_product_attention(
             q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
         )
-        return out.transpose(1, 2).reshape(queries.shape)
+        return out.transpose(1, 2).reshape(qkv.shape[0], -1)

@@ -46,6 +46,8 @@ def encode_stories(tokenizer: Tokenizer, stories: list[str]) -> list[list[int]]:
     """Each story as end-of-text, its tokens, end-of-text: the first is the context from
     which the opening is predicted."""
     end = tokenizer.token_to_id(END_OF_TEXT)
+    if end is None:
+        raise ValueError(f"the tokenizer has no {END_OF_TEXT} token")
     return [[end, *encoding.ids, end] for encoding in tokenizer.encode_batch(stories)]
 
 

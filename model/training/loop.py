@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,7 +137,7 @@ def save_state(
         },
         beside,
     )
-    os.replace(beside, path)
+    beside.replace(path)
 
 
 def train(
@@ -180,7 +179,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, recipe)
             loss = batch_loss(model, data.next_batch(recipe.batch_tokens // context, context))
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

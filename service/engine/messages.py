@@ -77,6 +77,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     torch_version: str
     threads: int
     deterministic: bool
+    attention_backend: str
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -100,7 +101,8 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     top: list[tuple[int, float]]
 
 
-EngineFinish = Literal["stop", "length", "error"]
+# "cancelled" never comes from the engine: the client ends sequences so when the server shuts down.
+EngineFinish = Literal["stop", "length", "error", "cancelled"]
 
 
 class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):

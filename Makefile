@@ -1,0 +1,44 @@
+# make serve   serve the bundled model on http://127.0.0.1:8000   (ARGS="--port 9000" for flags)
+# make test    lint, types, walls, tests
+# make install fill .venv; done by the two above, and nothing to do when up to date
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ARGS ?=
+# Extra words for pip, such as an index that has CPU builds of torch.
+PIP_ARGS ?=
+# Anything here: install CUDA packages even where no GPU is found.
+CUDA ?=
+
+.PHONY: install serve test lint quick clean
+.DELETE_ON_ERROR:
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt deploy/check_torch.py
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else f"Python 3.11 or newer is needed; {sys.executable} is {sys.version.split()[0]}")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -n "$(CUDA)" || $(BIN)/python deploy/check_torch.py $(PIP_ARGS)
+	$(BIN)/pip install --quiet --constraint constraints.txt $(PIP_ARGS) --editable '.[test]'
+	touch $@
+
+serve: $(STAMP)
+	@exec $(BIN)/vitrine serve $(ARGS)
+
+test: lint
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# Without the slow tests: for the change at hand.
+quick: $(STAMP)
+	$(BIN)/pytest -m 'not slow' $(ARGS)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info build dist

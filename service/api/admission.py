@@ -1,0 +1,179 @@
+"""From a well-formed request to a `Plan`: tokenize, and check what depends on the model."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from model.sampling_params import SamplingParams
+from model.tokenizer import IncrementalDecoder, Tokenizer
+from service.api.context import ApiContext
+from service.api.errors import ProblemError, invalid_field
+from service.api.generation import Plan
+from service.api.limits import ApiLimits
+from service.api.schemas import MAX_SEED, GenerateRequest
+from service.api.text import StopStrings
+from service.client import EngineUnavailableError, NeverFitsError, QueueFullError
+from service.engine.messages import ModelInfo
+from service.metrics import Metrics
+
+
+async def make_plan(
+    body: GenerateRequest, context: ApiContext, request_id: str, arrived_s: float
+) -> Plan:
+    """Everything that is known before the engine is asked.
+
+    Raises `ProblemError` (422) naming field, value and limit, and `EngineUnavailableError`
+    while the model is being loaded.
+    """
+    tokenizer, info = context.loaded()
+    timeout_s = _timeout(body, context.limits)
+    _check_vocabulary(body, info.vocab_size)
+    prompt_ids = await _prompt_ids(body, tokenizer, info, context.limits)
+    max_tokens = _max_tokens(body, len(prompt_ids), info.context_length)
+    seed = secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed
+    prefix = ""
+    if body.echo:
+        prefix = body.prompt if isinstance(body.prompt, str) else _echo(prompt_ids, tokenizer)
+    return Plan(
+        request_id=request_id,
+        prompt_token_ids=prompt_ids,
+        prefix=prefix,
+        seed=seed,
+        samplings=[
+            _sampling(body, max_tokens, (seed + index) % (MAX_SEED + 1)) for index in range(body.n)
+        ],
+        stops=StopStrings(body.stops),
+        priority=body.priority,
+        arrived_s=arrived_s,
+        timeout_s=timeout_s,
+    )
+
+
+async def tokenize(
+    text: str, tokenizer: Tokenizer, limits: ApiLimits, *, add_special_tokens: bool = True
+) -> list[int]:
+    """Token ids; a long text is tokenized in a thread, so that the streams go on meanwhile."""
+    if len(text) <= limits.tokenize_in_thread_chars:
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
+
+
+def check_token_ids(field: str, ids: Iterable[int], vocab_size: int) -> None:
+    """Raise `ProblemError` for the first id that is outside of the vocabulary."""
+    for place, token_id in enumerate(ids):
+        if token_id >= vocab_size:
+            raise invalid_field(
+                field,
+                f"token id {token_id} at position {place} is outside of the vocabulary of "
+                f"{vocab_size} tokens",
+            )
+
+
+@contextmanager
+def rejections_counted(metrics: Metrics) -> Iterator[None]:
+    """Count what is refused before it is admitted, by why."""
+    try:
+        yield
+    except ProblemError as error:
+        metrics.rejected(error.kind)
+        raise
+    except QueueFullError:
+        metrics.rejected("queue-full")
+        raise
+    except EngineUnavailableError:
+        metrics.rejected("unavailable")
+        raise
+    except NeverFitsError:
+        metrics.rejected("never-fits")
+        raise
+
+
+def _echo(prompt_ids: list[int], tokenizer: Tokenizer) -> str:
+    # Not `decode`: a character that the prompt's last ids only begin is the continuation's.
+    return IncrementalDecoder(tokenizer).push(prompt_ids)
+
+
+def _timeout(body: GenerateRequest, limits: ApiLimits) -> float:
+    if not body.has("timeout_s"):
+        return limits.request_timeout_s
+    if body.timeout_s > limits.request_timeout_s:
+        raise invalid_field(
+            "timeout_s",
+            f"{body.timeout_s:g} s is over this server's limit of {limits.request_timeout_s:g} s",
+        )
+    return body.timeout_s
+
+
+def _check_vocabulary(body: GenerateRequest, vocab_size: int) -> None:
+    if body.top_k > vocab_size:
+        raise invalid_field(
+            "top_k", f"{body.top_k} is more than the vocabulary's {vocab_size} tokens"
+        )
+    check_token_ids("logit_bias", (int(key) for key in body.logit_bias), vocab_size)
+    check_token_ids("stop_token_ids", body.stop_token_ids, vocab_size)
+    if isinstance(body.prompt, list) and max(body.prompt) >= vocab_size:
+        check_token_ids("prompt", body.prompt, vocab_size)
+
+
+async def _prompt_ids(
+    body: GenerateRequest, tokenizer: Tokenizer, info: ModelInfo, limits: ApiLimits
+) -> list[int]:
+    if isinstance(body.prompt, list):
+        return body.prompt
+    # A text that is far too long is not worth the time to find out by how much.
+    at_least = tokenizer.fewest_tokens(body.prompt)
+    if at_least >= info.context_length:
+        raise invalid_field(
+            "prompt",
+            f"{len(body.prompt)} characters are at least {at_least} tokens, and the context "
+            f"length is {info.context_length}",
+        )
+    ids = await tokenize(body.prompt, tokenizer, limits)
+    if not ids:
+        raise invalid_field("prompt", "the text has no tokens")
+    return ids
+
+
+def _max_tokens(body: GenerateRequest, num_prompt_tokens: int, context_length: int) -> int:
+    """How many tokens to generate at most: as asked for, or the default that still fits."""
+    room = context_length - num_prompt_tokens
+    if room < 1:
+        raise invalid_field(
+            "prompt",
+            f"{num_prompt_tokens} tokens leave no room to generate in the context length of "
+            f"{context_length}",
+        )
+    if body.has("max_tokens") and body.max_tokens > room:
+        raise invalid_field(
+            "max_tokens",
+            f"{num_prompt_tokens} prompt tokens and {body.max_tokens} to generate exceed the "
+            f"context length of {context_length}",
+        )
+    max_tokens = min(body.max_tokens, room)
+    if body.min_tokens > max_tokens:
+        raise invalid_field(
+            "min_tokens", f"{body.min_tokens} is more than max_tokens, which is {max_tokens}"
+        )
+    return max_tokens
+
+
+def _sampling(body: GenerateRequest, max_tokens: int, seed: int) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=body.min_tokens,
+        temperature=body.temperature,
+        top_k=body.top_k,
+        top_p=body.top_p,
+        min_p=body.min_p,
+        repetition_penalty=body.repetition_penalty,
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        logit_bias={int(key): bias for key, bias in body.logit_bias.items()},
+        seed=seed,
+        stop_token_ids=tuple(dict.fromkeys(body.stop_token_ids)),
+        ignore_eos=body.ignore_eos,
+        logprobs=body.logprobs,
+    )

@@ -1,0 +1,24 @@
+"""What the routes are told by the settings; bounds of everything that a client may send."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+
+def api_key_hash(key: str) -> bytes:
+    """What is kept of an API key: its SHA-256 digest."""
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class ApiLimits:
+    """Bounds of the HTTP interface, fixed when the server starts."""
+
+    max_body_bytes: int = 4 * 2**20
+    request_timeout_s: float = 600.0  # the longest `timeout_s`, and its default
+    keep_alive_s: float = 15.0  # a comment goes out after so long without an event
+    api_key_hashes: tuple[bytes, ...] = ()  # none: every request is let in
+    max_tokenize_chars: int = 100_000
+    max_detokenize_ids: int = 100_000
+    tokenize_in_thread_chars: int = 8_000  # longer texts are tokenized off the event loop

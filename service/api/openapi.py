@@ -1,0 +1,98 @@
+"""Describe the routes in OpenAPI: the bodies are read and written by hand, so their schemas
+are put in by hand too, from the same models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from service.api import answers, schemas
+from service.api.errors import MEDIA_TYPE, Problem
+
+_REF = "#/components/schemas/{}"
+_REFUSALS = {
+    401: "The API key is missing or wrong.",
+    413: "The body is over the limit.",
+    415: "The body is not declared as JSON.",
+    422: "A field is wrong, unknown or unsupported, or the request can never fit.",
+    429: "The queue is full; Retry-After says when to come again.",
+    503: "The engine cannot take a request now; Retry-After says when to come again.",
+}
+_REQUESTS: tuple[type[BaseModel], ...] = (
+    schemas.GenerateRequest,
+    schemas.TokenizeRequest,
+    schemas.DetokenizeRequest,
+)
+_ANSWERS: tuple[type[msgspec.Struct], ...] = (
+    answers.StartEvent,
+    answers.TokenEvent,
+    answers.DoneEvent,
+    answers.GenerateAnswer,
+    answers.TokenizeAnswer,
+    answers.DetokenizeAnswer,
+    answers.HealthAnswer,
+    answers.InfoAnswer,
+    Problem,
+)
+
+
+def describe(
+    request: type[BaseModel] | None,
+    answer: type[msgspec.Struct],
+    events: Sequence[type[msgspec.Struct]] = (),
+) -> dict[str, Any]:
+    """Keyword arguments of a route's decorator: its body, its answer, and its refusals."""
+    content: dict[str, Any] = {"application/json": {"schema": _ref(answer)}}
+    shown: list[type[msgspec.Struct]] = [*events, Problem]
+    if events:
+        content["text/event-stream"] = {
+            "schema": {
+                "type": "string",
+                "description": "The data of its events: "
+                + ", ".join(one.__name__ for one in shown),
+            }
+        }
+    refusals = {401, 503} if request is None else set(_REFUSALS)
+    responses: dict[int, dict[str, Any]] = {
+        status: {
+            "description": _REFUSALS[status],
+            "content": {MEDIA_TYPE: {"schema": _ref(Problem)}},
+        }
+        for status in sorted(refusals)
+    }
+    described: dict[str, Any] = {"responses": {200: {"content": content}, **responses}}
+    if request is not None:
+        body = {"application/json": {"schema": _ref(request)}}
+        described["openapi_extra"] = {"requestBody": {"required": True, "content": body}}
+    return described
+
+
+def install(app: FastAPI) -> None:
+    """Make `app.openapi` tell the schemas too."""
+    without_bodies = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = without_bodies()
+            schema.setdefault("components", {}).setdefault("schemas", {}).update(_components())
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _components() -> dict[str, Any]:
+    _, requests = models_json_schema(
+        [(model, "validation") for model in _REQUESTS], ref_template=_REF.format("{model}")
+    )
+    _, responses = msgspec.json.schema_components(_ANSWERS, ref_template=_REF.format("{name}"))
+    return {**requests.get("$defs", {}), **responses}
+
+
+def _ref(model: type) -> dict[str, str]:
+    return {"$ref": _REF.format(model.__name__)}

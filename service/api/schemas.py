@@ -1,0 +1,143 @@
+"""What a client may send: every field bounded, nothing coerced, nothing unknown let through.
+
+Bounds that depend on the loaded model (vocabulary, context) are checked in admission.py.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+
+from service.api.errors import TAG_MARK
+
+MAX_SEED = 2**63 - 1
+MAX_TOKEN_ID = 2**31 - 1
+DEFAULT_MAX_TOKENS = 128
+_TEXT, _LIST = f"{TAG_MARK}text", f"{TAG_MARK}list"
+
+
+def _text_or_list(value: Any) -> str | None:
+    if isinstance(value, str):
+        return _TEXT
+    return _LIST if isinstance(value, list) else None
+
+
+def _either(what: str) -> Discriminator:
+    """Choose the branch by the JSON type alone, so that an error speaks of one branch only."""
+    return Discriminator(
+        _text_or_list,
+        custom_error_type="text_or_list",
+        custom_error_message=f"Input should be {what}",
+    )
+
+
+TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
+StopText = Annotated[str, Field(min_length=1, max_length=128)]
+Prompt = Annotated[
+    Annotated[Annotated[str, Field(min_length=1)], Tag(_TEXT)]
+    | Annotated[Annotated[list[TokenId], Field(min_length=1)], Tag(_LIST)],
+    _either("a string or a list of token ids"),
+]
+Stop = Annotated[
+    Annotated[StopText, Tag(_TEXT)]
+    | Annotated[Annotated[list[StopText], Field(max_length=16)], Tag(_LIST)],
+    _either("a string or a list of strings"),
+]
+# JSON has only strings as keys. One spelling for each id, or two keys would mean one token.
+BiasKey = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
+class RequestBody(BaseModel):
+    """What all request bodies share."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class GenerateRequest(RequestBody):
+    """Continue a prompt."""
+
+    prompt: Prompt = Field(description="What to continue: a text, or token ids.")
+    stream: bool = Field(True, description="Server-sent events, or one JSON answer when false.")
+    max_tokens: int = Field(
+        DEFAULT_MAX_TOKENS,
+        ge=1,
+        description="Tokens to generate at most; with the prompt they must fit the context. When "
+        f"absent, {DEFAULT_MAX_TOKENS} or what still fits.",
+    )
+    min_tokens: int = Field(
+        0, ge=0, description="End-of-text and stops are held off until so many tokens."
+    )
+    temperature: float = Field(1.0, ge=0, le=2, description="0 is greedy.")
+    top_k: int = Field(0, ge=0, description="Sample from the k likeliest tokens; 0 is off.")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="Sample from the likeliest tokens that make up this mass."
+    )
+    min_p: float = Field(
+        0.0, ge=0, lt=1, description="Leave out tokens below this share of the likeliest."
+    )
+    repetition_penalty: float = Field(1.0, gt=0, le=2, description="Over prompt and output.")
+    presence_penalty: float = Field(0.0, ge=-2, le=2, description="Over the output.")
+    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="Over the output, per use.")
+    logit_bias: dict[BiasKey, Bias] = Field(
+        {}, max_length=300, description="Token id -> what is added to its logit, -100 .. 100."
+    )
+    seed: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_SEED,
+        description="The same seed draws the same tokens. Null: the server draws one and says it.",
+    )
+    n: int = Field(1, ge=1, le=16, description="Independent continuations; number i uses seed + i.")
+    stop: Stop = Field(
+        default_factory=list,
+        description="Up to 16 strings that end a continuation; they are not part of its text.",
+    )
+    stop_token_ids: list[TokenId] = Field(
+        [], max_length=64, description="Tokens that end a continuation."
+    )
+    ignore_eos: bool = Field(False, description="Go on past the model's end of text.")
+    logprobs: int | None = Field(
+        None,
+        ge=0,
+        le=20,
+        description="Give each token's log-probability, and that many alternatives.",
+    )
+    echo: bool = Field(False, description="Begin the text with the prompt.")
+    priority: int = Field(
+        0, ge=-10, le=10, description="Lower runs earlier; first come, first served within one."
+    )
+    timeout_s: float = Field(
+        default_factory=float,  # not null and not a number: `has` tells whether it was sent
+        gt=0,
+        description="After so many seconds the request ends with what it has. At most, and when "
+        "absent, the server's limit.",
+    )
+
+    def has(self, field: str) -> bool:
+        """Whether the client sent the field."""
+        return field in self.model_fields_set
+
+    @property
+    def stops(self) -> list[str]:
+        """The stop strings, as a list in any case."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop
+
+
+class TokenizeRequest(RequestBody):
+    """Turn a text into token ids."""
+
+    text: str = Field(description="The text to tokenize.")
+    add_special_tokens: bool = Field(
+        True, description="Add what the tokenizer puts around a prompt, such as BOS."
+    )
+
+
+class DetokenizeRequest(RequestBody):
+    """Turn token ids into the text that /generate would send for them."""
+
+    token_ids: list[TokenId] = Field(description="The ids, in order.")
+    skip_special_tokens: bool = Field(
+        True, description="Leave out marks such as BOS and end of text."
+    )

@@ -1,0 +1,54 @@
+"""`vitrine serve`: the API process, and the engine process under it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from service.client import EngineClient
+from service.commands import CommandError
+from service.settings import Settings, engine_config, read_settings
+
+
+def run(arguments: list[str]) -> int:
+    """Serve until SIGTERM or Ctrl-C. Raises `CommandError` when the engine cannot start."""
+    settings = read_settings(Settings, arguments)
+    engine_config(settings, Path())  # settings that disagree are refused before anything starts
+    logging.basicConfig(
+        level=settings.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    client = EngineClient(
+        max_in_flight=settings.max_num_seqs + settings.max_queue_requests,
+        stall_s=settings.stall_s,
+    )
+    # First of all: torch takes seconds to import, and does so while this process goes on.
+    client.spawn()
+    asyncio.run(_serve(settings, client))
+    if client.failure:
+        raise CommandError(client.failure)
+    return 0
+
+
+async def _serve(settings: Settings, client: EngineClient) -> None:
+    from service.commands.http_server import end_in_order, make_server
+    from service.commands.loading import LoadedModel
+
+    model = LoadedModel(settings, client)
+    server = make_server(settings, client, model)
+    tasks = [
+        asyncio.create_task(model.load(), name="load-model"),
+        asyncio.create_task(end_in_order(server, client, settings.drain_s), name="end-server"),
+    ]
+    try:
+        await server.serve()
+    finally:
+        for task in tasks:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+        await client.stop()

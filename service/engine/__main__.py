@@ -1,0 +1,7 @@
+"""`python -m service.engine ENDPOINT`: the engine process (see loop.py)."""
+
+import sys
+
+from service.engine.loop import main
+
+sys.exit(main())

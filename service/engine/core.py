@@ -1,0 +1,180 @@
+"""The engine without its process: add sequences, step, read what came out.
+
+`loop.py` puts it behind a socket; `vitrine generate` and the offline benchmarks call it
+directly.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from model.sampling import SampledTokens
+
+from service.engine.messages import EngineFinish, EngineStats, SequenceOutput, Submit, TokenLogprob
+from service.engine.runner import Runner
+from service.engine.scheduler import Scheduled, Scheduler
+from service.engine.sequence import Sequence
+
+
+@dataclass(slots=True)
+class EngineCore:
+    """Scheduler and runner, and the books about them."""
+
+    scheduler: Scheduler
+    runner: Runner
+    sequences: dict[int, Sequence] = field(default_factory=dict)
+    _refused: list[SequenceOutput] = field(default_factory=list)
+    _steps: int = 0
+    _prompt_tokens: int = 0
+    _generated_tokens: int = 0
+    _step_s: float = 0.0
+    _step_tokens: int = 0
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work or bool(self._refused)
+
+    def add(self, request: Submit) -> None:
+        """Queue a sequence. One that could never run is answered with an error instead."""
+        reason = self._refusal(request)
+        if reason is not None:
+            self._refused.append(
+                SequenceOutput(request.id, [], finish_reason="error", error=reason)
+            )
+            return
+        sequence = Sequence(
+            id=request.id,
+            token_ids=request.prompt_token_ids + request.output_token_ids,
+            num_prompt=len(request.prompt_token_ids),
+            sampling=request.sampling,
+            priority=request.priority,
+            arrived_at=time.monotonic(),
+        )
+        self.sequences[request.id] = sequence
+        self.scheduler.add(sequence)
+
+    def abort(self, sequence_id: int) -> None:
+        """Forget a sequence; unknown ids (already finished) are nothing to do."""
+        sequence = self.sequences.pop(sequence_id, None)
+        if sequence is not None:
+            self.scheduler.remove(sequence)
+
+    def step(self) -> list[SequenceOutput]:
+        """Run one step over what the scheduler chooses."""
+        outputs, self._refused = self._refused, []
+        began = time.monotonic()
+        scheduled = self.scheduler.schedule()
+        for item in scheduled:
+            if item.sequence.started_at is None:
+                item.sequence.started_at = began
+        outputs += self._run(scheduled)
+        self._steps += 1
+        self._step_s = time.monotonic() - began
+        self._step_tokens = sum(item.num_tokens for item in scheduled)
+        return outputs
+
+    def stats(self) -> EngineStats:
+        """Gauges and counters as of now."""
+        pool = self.scheduler.pool
+        return EngineStats(
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            free_blocks=pool.num_free,
+            referenced_blocks=pool.num_referenced,
+            cached_blocks=pool.num_cached,
+            total_blocks=pool.num_blocks,
+            preemptions=self.scheduler.num_preemptions,
+            steps=self._steps,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            step_s=self._step_s,
+            step_tokens=self._step_tokens,
+        )
+
+    def _refusal(self, request: Submit) -> str | None:
+        """The API refuses these at the door; the engine does not rely on it."""
+        vocab_size = self.runner.model.config.vocab_size
+        ids = request.prompt_token_ids + request.output_token_ids
+        if not request.prompt_token_ids:
+            return "the prompt is empty"
+        if min(ids) < 0 or max(ids) >= vocab_size:
+            return f"token ids must lie in 0 .. {vocab_size - 1}"
+        if request.id in self.sequences:
+            return f"sequence id {request.id} is already running"
+        if len(request.output_token_ids) >= request.sampling.max_tokens:
+            return (
+                f"{len(request.output_token_ids)} output tokens are already there; "
+                f"max_tokens is {request.sampling.max_tokens}"
+            )
+        return self.scheduler.refusal(len(request.prompt_token_ids), request.sampling.max_tokens)
+
+    def _run(self, scheduled: list[Scheduled]) -> list[SequenceOutput]:
+        """Forward and book. When the forward raises, each sequence runs alone, so that only
+        the one that is at fault ends with an error (law 6)."""
+        if not scheduled:
+            return []
+        try:
+            sampled = self.runner.run(scheduled)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it must cost one sequence only
+            if len(scheduled) > 1:
+                return [output for item in scheduled for output in self._run([item])]
+            return [self._fail(scheduled[0].sequence, f"{type(error).__name__}: {error}")]
+        return self._book(scheduled, sampled)
+
+    def _book(self, scheduled: list[Scheduled], sampled: SampledTokens) -> list[SequenceOutput]:
+        token_ids = sampled.token_ids.tolist()
+        outputs = []
+        row = 0
+        for item in scheduled:
+            sequence = item.sequence
+            samples = item.samples
+            prompt_before = min(sequence.num_computed, sequence.num_prompt)
+            self.scheduler.computed(item)
+            self._prompt_tokens += min(sequence.num_computed, sequence.num_prompt) - prompt_before
+            if not samples:
+                continue
+            if row in sampled.bad_rows:
+                outputs.append(self._fail(sequence, sampled.bad_rows[row]))
+            else:
+                chosen = sampled.logprobs[row] if sampled.logprobs is not None else None
+                logprob = None if chosen is None else TokenLogprob(*chosen[:3], list(chosen.top))
+                outputs.append(self._append(sequence, token_ids[row], logprob))
+            row += 1
+        return outputs
+
+    def _append(
+        self, sequence: Sequence, token_id: int, logprob: TokenLogprob | None
+    ) -> SequenceOutput:
+        first = sequence.num_output == 0
+        sequence.token_ids.append(token_id)
+        self._generated_tokens += 1
+        stop_ids = sequence.sampling.stop_token_ids
+        is_eos = not sequence.sampling.ignore_eos and token_id in self.runner.eos_token_ids
+        finish_reason: EngineFinish | None = None
+        stop_token_id: int | None = None
+        if sequence.num_output > sequence.sampling.min_tokens and (is_eos or token_id in stop_ids):
+            finish_reason, stop_token_id = "stop", token_id
+        elif sequence.num_output >= sequence.sampling.max_tokens:
+            finish_reason = "length"
+        if finish_reason is not None:
+            self._forget(sequence)
+        started = sequence.started_at or sequence.arrived_at
+        return SequenceOutput(
+            id=sequence.id,
+            token_ids=[token_id],
+            logprobs=None if logprob is None else [logprob],
+            finish_reason=finish_reason,
+            stop_token_id=stop_token_id,
+            cached_prompt_tokens=sequence.cached_prompt_tokens or 0,
+            queue_s=started - sequence.arrived_at if first else 0.0,
+            prefill_s=time.monotonic() - started if first else 0.0,
+        )
+
+    def _fail(self, sequence: Sequence, reason: str) -> SequenceOutput:
+        self._forget(sequence)
+        return SequenceOutput(sequence.id, [], finish_reason="error", error=reason)
+
+    def _forget(self, sequence: Sequence) -> None:
+        del self.sequences[sequence.id]
+        self.scheduler.remove(sequence)

@@ -1,0 +1,135 @@
+"""The engine process: receive, step, send.
+
+    python -m service.engine ENDPOINT
+
+It connects to the API's socket, takes one `EngineConfig`, answers `Ready` or `StartFailed`,
+and then steps while there is work. Standard input is a pipe whose other end the API process
+holds: when it closes, the API is gone, however it died, and so is the engine.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+import zmq
+
+from service.engine.messages import (
+    MAX_MESSAGE_BYTES,
+    Abort,
+    EngineConfig,
+    FromEngine,
+    Ready,
+    Shutdown,
+    StartFailed,
+    StepOutput,
+    Submit,
+    ToEngine,
+    encoder,
+    to_engine_decoder,
+)
+
+if TYPE_CHECKING:
+    from service.engine.core import EngineCore
+
+HEARTBEAT_S = 1.0
+
+
+def main() -> int:
+    """Serve one API process until it says so or goes away."""
+    # Ctrl-C reaches every process of the terminal; the API decides when the engine ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    context = zmq.Context()
+    socket = connect(context, sys.argv[1])
+    try:
+        serve(socket)
+    finally:
+        socket.close(linger=1000)
+        context.term()
+    return 0
+
+
+def connect(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.Socket[bytes]:
+    """A paired socket to the API process, bounded in message length."""
+    socket = context.socket(zmq.PAIR)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+    # The API reads in its own time; a step must never block on it. What it has not read is
+    # bounded by what is in flight: one small message a step.
+    socket.setsockopt(zmq.SNDHWM, 0)
+    socket.setsockopt(zmq.RCVHWM, 0)
+    socket.connect(endpoint)
+    return socket
+
+
+def serve(socket: zmq.Socket[bytes]) -> None:
+    """Start as told, then step until shut down."""
+    config = receive(socket)
+    if not isinstance(config, EngineConfig):
+        raise TypeError(f"the first message must be EngineConfig, got {type(config).__name__}")
+    core = start(socket, config)
+    if core is None:
+        return
+    while handle_messages(socket, core):
+        outputs = core.step() if core.has_work else []
+        if not core.has_work:
+            core.scheduler.pool.check()
+        send(socket, StepOutput(outputs, core.stats()))
+
+
+def start(socket: zmq.Socket[bytes], config: EngineConfig) -> EngineCore | None:
+    """Load the model and report; None when that failed (and was said)."""
+    # torch comes in here: whatever is wrong with it is reported, not lost.
+    try:
+        from model.checkpoint import CheckpointError
+        from model.config import ConfigError
+        from service.engine.start import StartError, start_engine
+    except ImportError as error:
+        send(socket, StartFailed(f"the engine's libraries cannot be imported: {error}"))
+        return None
+    try:
+        core, info = start_engine(config, progress=sys.stderr.isatty())
+    except (StartError, CheckpointError, ConfigError, ValueError, MemoryError) as error:
+        send(socket, StartFailed(str(error) or type(error).__name__))
+        return None
+    send(socket, Ready(info))
+    return core
+
+
+def handle_messages(socket: zmq.Socket[bytes], core: EngineCore) -> bool:
+    """Take in what has arrived; waits a heartbeat's length when there is nothing to do.
+    False when the engine is to end."""
+    wait_ms = 0 if core.has_work else int(HEARTBEAT_S * 1000)
+    while socket.poll(wait_ms):
+        message = receive(socket)
+        if isinstance(message, Submit):
+            core.add(message)
+        elif isinstance(message, Abort):
+            core.abort(message.id)
+        elif isinstance(message, Shutdown):
+            return False
+        else:
+            raise TypeError(f"unexpected {type(message).__name__} on a running engine")
+        wait_ms = 0
+    return True
+
+
+def receive(socket: zmq.Socket[bytes]) -> ToEngine:
+    """The next message; raises `msgspec.ValidationError` for one that breaks the schema."""
+    message: ToEngine = to_engine_decoder.decode(socket.recv())
+    return message
+
+
+def send(socket: zmq.Socket[bytes], message: FromEngine) -> None:
+    """Queue a message to the API process."""
+    socket.send(encoder.encode(message))
+
+
+def _exit_with_parent() -> None:
+    """Ends this process at once when the parent closes our standard input."""
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    os._exit(1)

@@ -1,0 +1,99 @@
+"""Sequences -> ForwardBatch -> tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from model.sampling import SampledTokens, SamplingBatch, SamplingRow, sample
+
+from model.backends.base import AttentionBackend
+from model.batch import ForwardBatch
+from model.transformer import Transformer
+from service.engine.scheduler import Scheduled
+from service.engine.sequence import Sequence
+
+# In deterministic mode the rows of a step, and the rows whose logits are wanted, come in
+# multiples of this. In float32 torch's products treat 1-3 leftover rows differently, with
+# different bits; padded, a row's result does not depend on how many others there are
+# (README, "The same tokens in any company").
+DETERMINISTIC_ROW_MULTIPLE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Runner:
+    """Runs the model over what the scheduler chose."""
+
+    model: Transformer
+    backend: AttentionBackend
+    block_size: int
+    eos_token_ids: tuple[int, ...]
+    device: torch.device
+    row_multiple: int = DETERMINISTIC_ROW_MULTIPLE  # 1: no padding, and no promise
+
+    @torch.inference_mode()
+    def run(self, step: list[Scheduled]) -> SampledTokens:
+        """One forward and one draw. Row i of the result belongs to the i-th item of `step`
+        that samples."""
+        batch = build_batch(step, self.block_size, self.row_multiple, self.device)
+        hidden = self.model(batch.input_ids, batch.positions, self.backend.begin(batch))
+        rows = [_sampling_row(item.sequence) for item in step if item.samples]
+        logits = self.model.logits(hidden[batch.logits_rows])[: len(rows)]
+        sampling = SamplingBatch.build(
+            rows, self.model.config.vocab_size, self.device, self.eos_token_ids
+        )
+        return sample(logits, sampling)
+
+
+def _sampling_row(sequence: Sequence) -> SamplingRow:
+    """What the sampler must know; the token lists are copied only where they are read."""
+    params, tokens, num_prompt = sequence.sampling, sequence.token_ids, sequence.num_prompt
+    if params.has_penalties or sequence.num_output < params.min_tokens:
+        return SamplingRow(params, len(tokens), tokens[:num_prompt], tokens[num_prompt:])
+    return SamplingRow(params, len(tokens))
+
+
+def build_batch(
+    step: list[Scheduled], block_size: int, row_multiple: int, device: torch.device
+) -> ForwardBatch:
+    """Flatten the chosen tokens of all sequences into one row, padded to `row_multiple`."""
+    input_ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    query_start = [0]
+    context_lens: list[int] = []
+    logits_rows: list[int] = []
+    for item in step:
+        sequence, start = item.sequence, item.sequence.num_computed
+        end = start + item.num_tokens
+        input_ids += sequence.token_ids[start:end]
+        positions += range(start, end)
+        slots += [
+            sequence.blocks[p // block_size] * block_size + p % block_size
+            for p in range(start, end)
+        ]
+        query_start.append(len(input_ids))
+        context_lens.append(end)
+        if item.samples:
+            logits_rows.append(len(input_ids) - 1)
+    padding = -len(input_ids) % row_multiple
+    max_blocks = max(len(item.sequence.blocks) for item in step)
+    tables = [
+        item.sequence.blocks + [0] * (max_blocks - len(item.sequence.blocks)) for item in step
+    ]
+    logits_rows += [0] * (-len(logits_rows) % row_multiple)
+
+    def tensor(values: list[int] | list[list[int]]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    return ForwardBatch(
+        input_ids=tensor(input_ids + [0] * padding),
+        positions=tensor(positions + [0] * padding),
+        query_start=tensor(query_start),
+        context_lens=tensor(context_lens),
+        block_tables=tensor(tables),
+        slot_mapping=tensor(slots + [-1] * padding),
+        logits_rows=tensor(logits_rows),
+        query_start_host=tuple(query_start),
+        context_lens_host=tuple(context_lens),
+    )

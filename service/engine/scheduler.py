@@ -1,0 +1,191 @@
+"""Who runs in the next step.
+
+Continuous batching: sequences join and leave between steps, prefill chunks and decodes
+share a step under one token budget. The order of service is (priority, arrival):
+
+1. running sequences that decode: one token each, always within the budget;
+2. running sequences in the middle of their prompt: the next chunk;
+3. waiting sequences, while there are seats, tokens and blocks.
+
+When a running sequence needs a block and none is left, the running sequence that comes last
+in the order gives all of its blocks back and waits again (preemption by recompute). The
+first in the order always gets on, and what alone would not fit was refused at the door, so
+there is no dead end.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from service.engine.blocks import BlockPool
+from service.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of one step and of one sequence."""
+
+    max_num_seqs: int
+    max_batched_tokens: int
+    max_model_len: int
+
+    def __post_init__(self) -> None:
+        if self.max_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_batched_tokens {self.max_batched_tokens} is less than max_num_seqs "
+                f"{self.max_num_seqs}: a step could not give every sequence its one token"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """The next `num_tokens` uncomputed tokens of a sequence run in this step."""
+
+    sequence: Sequence
+    num_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step reaches the sequence's end, so that its next token is drawn."""
+        return self.num_tokens == self.sequence.num_uncomputed
+
+
+@dataclass(slots=True)
+class Scheduler:
+    """The queues and the policy. Plain Python: tested without a model."""
+
+    limits: Limits
+    pool: BlockPool
+    waiting: list[Sequence] = field(default_factory=list)  # sorted by rank
+    running: list[Sequence] = field(default_factory=list)  # sorted by rank
+    num_preemptions: int = 0
+    _arrivals: int = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def refusal(self, num_prompt: int, max_tokens: int) -> str | None:
+        """Why a sequence of these lengths could never run, or None when it could."""
+        wanted = num_prompt + max_tokens
+        if wanted > self.limits.max_model_len:
+            return (
+                f"prompt of {num_prompt} tokens and max_tokens {max_tokens} need {wanted} "
+                f"positions; the context has {self.limits.max_model_len}"
+            )
+        blocks = self._blocks_for(wanted)
+        if blocks > self.pool.num_blocks:
+            return (
+                f"prompt of {num_prompt} tokens and max_tokens {max_tokens} need {blocks} KV "
+                f"blocks of {self.pool.block_size} tokens; the cache has {self.pool.num_blocks}"
+            )
+        return None
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence that `refusal` has nothing against."""
+        sequence.order = self._arrivals
+        self._arrivals += 1
+        insort(self.waiting, sequence, key=_rank)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a finished or aborted sequence out; its blocks are free at once."""
+        queue = self.running if sequence in self.running else self.waiting
+        queue.remove(sequence)
+        self._give_back(sequence)
+
+    def schedule(self) -> list[Scheduled]:
+        """Choose this step's tokens and give every chosen sequence the blocks for them."""
+        budget = self.limits.max_batched_tokens
+        step: dict[int, Scheduled] = {}
+        preempted: set[int] = set()
+        for sequence in self._service_order():
+            if sequence.id in preempted or budget == 0:
+                continue
+            count = min(sequence.num_uncomputed, budget)
+            while not self._grow(sequence, sequence.num_computed + count):
+                victim = self.running[-1]
+                self._preempt(victim)
+                preempted.add(victim.id)
+                if victim is sequence:
+                    break
+                if (item := step.pop(victim.id, None)) is not None:
+                    budget += item.num_tokens
+            else:
+                step[sequence.id] = Scheduled(sequence, count)
+                budget -= count
+        # After a preemption the pool is full: admitting now would preempt again.
+        while self.waiting and budget > 0 and not preempted:
+            sequence = self.waiting[0]
+            if len(self.running) == self.limits.max_num_seqs or not self._admit(sequence):
+                break
+            count = min(sequence.num_uncomputed, budget)
+            self._grow(sequence, sequence.num_computed + count)
+            step[sequence.id] = Scheduled(sequence, count)
+            budget -= count
+        return list(step.values())
+
+    def computed(self, item: Scheduled) -> None:
+        """Book a step's tokens as computed and remember blocks that it filled. Call before
+        the sampled token is appended."""
+        sequence, size = item.sequence, self.pool.block_size
+        full_before = sequence.num_computed // size
+        sequence.num_computed += item.num_tokens
+        full = sequence.num_computed // size
+        if full > full_before:
+            hashes = sequence.hashes(full, size)
+            for index in range(full_before, full):
+                self.pool.remember(sequence.blocks[index], hashes[index])
+
+    def _service_order(self) -> Iterator[Sequence]:
+        """Decodes before prompt chunks, so that no running stream stalls behind a prompt."""
+        snapshot = list(self.running)
+        yield from (s for s in snapshot if s.num_uncomputed == 1)
+        yield from (s for s in snapshot if s.num_uncomputed > 1)
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.pool.block_size)
+
+    def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Give the sequence blocks for `num_tokens` tokens; False when the pool has not enough."""
+        missing = self._blocks_for(num_tokens) - len(sequence.blocks)
+        if missing <= 0:
+            return True
+        if missing > self.pool.num_available:
+            return False
+        sequence.blocks += self.pool.allocate(missing)
+        return True
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Move the first waiting sequence to the running ones if the pool has room for all
+        it has to compute now; a known prefix is taken from the cache."""
+        size = self.pool.block_size
+        # At least the last token must be computed: its logits are wanted.
+        known = self.pool.find(sequence.hashes((len(sequence.token_ids) - 1) // size, size))
+        wanted = self._blocks_for(len(sequence.token_ids)) - len(known)
+        if wanted > self.pool.num_available - self.pool.num_idle(known):
+            return False
+        self.pool.share(known)
+        sequence.blocks = known
+        sequence.num_computed = len(known) * size
+        if sequence.cached_prompt_tokens is None:
+            sequence.cached_prompt_tokens = min(sequence.num_computed, sequence.num_prompt)
+        self.waiting.pop(0)
+        insort(self.running, sequence, key=_rank)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._give_back(sequence)
+        insort(self.waiting, sequence, key=_rank)
+        self.num_preemptions += 1
+
+    def _give_back(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.blocks)
+        sequence.blocks = []
+        sequence.num_computed = 0
+
+
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    return sequence.rank

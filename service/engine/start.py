@@ -1,0 +1,150 @@
+"""From an EngineConfig to an engine that can take requests: load, size the cache, check."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import torch
+
+from model.backends.select import select_backend
+from model.checkpoint import load_checkpoint
+from model.checkpoint_files import read_checkpoint_info
+from model.config import ModelConfig
+from model.kv_cache import KVCache, bytes_per_block
+from service.engine.blocks import BlockPool
+from service.engine.core import EngineCore
+from service.engine.messages import EngineConfig, ModelInfo
+from service.engine.runner import DETERMINISTIC_ROW_MULTIPLE, Runner
+from service.engine.scheduler import Limits, Scheduler
+
+log = logging.getLogger("vitrine.engine")
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Without an instruction the cache holds this many full-length sequences, or this many
+# bytes, whichever is less.
+DEFAULT_CACHE_SEQUENCES = 64
+DEFAULT_CACHE_BYTES = 2 * 2**30
+
+
+class StartError(Exception):
+    """The engine cannot start as configured; the message is for the operator."""
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the GPU if there is one. Raises `StartError` for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise StartError(f"device {name!r} is not one torch knows") from error
+    if device.type not in ("cpu", "cuda"):
+        raise StartError(f"device {name!r} is not supported; cpu and cuda are")
+    if device.type == "cuda" and (
+        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
+    ):
+        raise StartError(f"device {name!r} was asked for; torch sees {torch.cuda.device_count()}")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype | None:
+    """`auto` is float32 on a CPU and the checkpoint's own on a GPU (None)."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else None
+    if name not in DTYPES:
+        raise StartError(f"dtype {name!r} is not supported; auto, {', '.join(DTYPES)} are")
+    return DTYPES[name]
+
+
+def start_engine(config: EngineConfig, *, progress: bool = False) -> tuple[EngineCore, ModelInfo]:
+    """Load the checkpoint and allocate the KV cache.
+
+    Raises `StartError` or `model.checkpoint.CheckpointError` with words for the operator.
+    """
+    began = time.monotonic()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = choose_device(config.device)
+    directory = Path(config.model_dir)
+    trained_len = read_checkpoint_info(directory).config.max_positions
+    max_model_len = config.max_model_len or trained_len
+    if max_model_len > trained_len:
+        raise StartError(
+            f"max-model-len {max_model_len} was asked for; the model was made for {trained_len}"
+        )
+    checkpoint = load_checkpoint(
+        directory,
+        device=device,
+        dtype=choose_dtype(config.dtype, device),
+        max_positions=max_model_len,
+        progress=progress,
+    )
+    model = checkpoint.model
+    dtype = model.embedding.weight.dtype
+    num_blocks = _num_blocks(config, model.config, dtype, max_model_len)
+    cache = KVCache.allocate(
+        model.config,
+        num_blocks=num_blocks,
+        block_size=config.block_size,
+        dtype=dtype,
+        device=device,
+    )
+    selection = select_backend(model.config, cache)
+    if selection.reason:
+        log.warning("attention runs on %s: %s", selection.name, selection.reason)
+    limits = Limits(config.max_num_seqs, config.max_batched_tokens, max_model_len)
+    core = EngineCore(
+        Scheduler(limits, BlockPool(num_blocks, config.block_size)),
+        Runner(
+            model,
+            selection.backend,
+            config.block_size,
+            checkpoint.eos_token_ids,
+            device,
+            row_multiple=DETERMINISTIC_ROW_MULTIPLE if config.deterministic else 1,
+        ),
+    )
+    parameters = list(model.parameters())
+    info = ModelInfo(
+        family=model.config.family,
+        num_parameters=sum(p.numel() for p in parameters),
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        vocab_size=model.config.vocab_size,
+        num_layers=model.config.num_layers,
+        num_heads=model.config.num_heads,
+        num_kv_heads=model.config.num_kv_heads,
+        head_dim=model.config.head_dim,
+        hidden_size=model.config.hidden_size,
+        context_length=max_model_len,
+        eos_token_ids=list(checkpoint.eos_token_ids),
+        block_size=config.block_size,
+        num_blocks=num_blocks,
+        kv_cache_bytes=cache.keys.nbytes + cache.values.nbytes,
+        weight_bytes=sum(p.nbytes for p in parameters),
+        load_s=time.monotonic() - began,
+        torch_version=torch.__version__,
+        threads=torch.get_num_threads(),
+        deterministic=config.deterministic,
+        attention_backend=selection.name,
+    )
+    return core, info
+
+
+def _num_blocks(
+    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, max_model_len: int
+) -> int:
+    per_block = bytes_per_block(model, config.block_size, dtype)
+    blocks_per_sequence = -(-max_model_len // config.block_size)
+    if config.kv_cache_bytes is None:
+        fitting = max(DEFAULT_CACHE_BYTES // per_block, blocks_per_sequence)
+        return min(DEFAULT_CACHE_SEQUENCES * blocks_per_sequence, fitting)
+    num_blocks = config.kv_cache_bytes // per_block
+    if num_blocks < 1:
+        raise StartError(
+            f"a KV cache of {config.kv_cache_bytes:,} bytes does not hold one block of "
+            f"{config.block_size} tokens, which takes {per_block:,}"
+        )
+    return num_blocks

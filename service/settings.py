@@ -1,0 +1,141 @@
+"""Every setting, read once: flags, then VITRINE_* environment variables, then defaults.
+
+`vitrine serve --max-num-seqs 16` and `VITRINE_MAX_NUM_SEQS=16 vitrine serve` say the same.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import Field, ValidationError
+from pydantic_core import ErrorDetails
+from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
+
+from service.engine.messages import EngineConfig
+
+ENVIRONMENT_PREFIX = "VITRINE_"
+GIB = 2**30
+
+
+T = TypeVar("T", bound="CommandSettings")
+
+
+class SettingsError(ValueError):
+    """A flag or environment variable is wrong; the message names it, its value and limits."""
+
+
+class CommandSettings(BaseSettings):
+    """How flags and environment variables are read, for every command."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENVIRONMENT_PREFIX,
+        frozen=True,
+        extra="forbid",
+        protected_namespaces=(),
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_avoid_json=True,
+        cli_hide_none_type=True,
+    )
+
+
+class ModelSettings(CommandSettings):
+    """Which model, where and how: shared by every command that runs one."""
+
+    model: str | None = Field(
+        None,
+        description="a checkpoint directory or a hub id (org/name); without it, the bundled model",
+    )
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="of weights and KV cache; auto: float32 on a CPU, else the checkpoint's"
+    )
+    max_model_len: int | None = Field(
+        None, ge=1, description="context length in tokens; without it, the model's own"
+    )
+    max_num_seqs: int = Field(64, ge=1, le=4096, description="sequences in one step at most")
+    max_batched_tokens: int = Field(
+        1024, ge=1, le=2**20, description="tokens in one step at most: decodes and prompt chunks"
+    )
+    kv_cache_gb: float | None = Field(
+        None, gt=0, description="memory for keys and values in GiB; without it, chosen by need"
+    )
+    block_size: int = Field(32, ge=1, le=512, description="tokens in one KV block")
+    threads: int | None = Field(
+        None, ge=1, description="compute threads of the engine on a CPU; without it, torch's choice"
+    )
+    deterministic: bool = Field(
+        True, description="the same request gives the same tokens, whatever else is in the batch"
+    )
+
+
+class Settings(ModelSettings):
+    """Serve a model over HTTP. Every flag is also an environment variable, VITRINE_<FLAG>."""
+
+    model_config = SettingsConfigDict(cli_prog_name="vitrine serve")
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 chooses a free one")
+    served_model_name: str | None = Field(
+        None, description="the name clients see; without it, the model's directory or hub id"
+    )
+    api_key_file: Path | None = Field(
+        None, description="file with one API key a line (name:key, or key); without it, no key"
+    )
+    max_queue_requests: int = Field(
+        256, ge=0, description="requests that may wait beyond max-num-seqs before 429"
+    )
+    max_body_bytes: int = Field(4 * 2**20, ge=1024, description="largest request body")
+    request_timeout_s: float = Field(
+        600.0, gt=0, description="longest time a request may take, and the default of timeout_s"
+    )
+    keep_alive_s: float = Field(15.0, gt=0, description="silence before a keep-alive comment")
+    drain_s: float = Field(30.0, ge=0, description="time for running requests after SIGTERM")
+    stall_s: float = Field(
+        30.0, gt=0, description="silence after which the engine is taken for dead and replaced"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="of logs")
+
+
+def read_settings(kind: type[T], arguments: list[str]) -> T:
+    """Parse flags and environment into `kind`; raises `SettingsError` for what is wrong."""
+    fields = [*Settings.model_fields, *kind.model_fields]
+    known = {ENVIRONMENT_PREFIX + name.upper() for name in fields}
+    for name in os.environ:
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in known:
+            raise SettingsError(f"{name} is not a setting; see `vitrine serve --help`")
+    try:
+        return CliApp.run(kind, cli_args=arguments)
+    except ValidationError as error:
+        raise SettingsError("; ".join(_describe(e) for e in error.errors())) from None
+
+
+def engine_config(settings: ModelSettings, model_dir: Path) -> EngineConfig:
+    """What the engine process is told. Raises `SettingsError` when two settings disagree."""
+    if settings.max_batched_tokens < settings.max_num_seqs:
+        raise SettingsError(
+            f"--max-batched-tokens {settings.max_batched_tokens} is less than --max-num-seqs "
+            f"{settings.max_num_seqs}: a step could not give every sequence its one token"
+        )
+    return EngineConfig(
+        model_dir=str(model_dir),
+        device=settings.device,
+        dtype=settings.dtype,
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        max_batched_tokens=settings.max_batched_tokens,
+        kv_cache_bytes=None if settings.kv_cache_gb is None else int(settings.kv_cache_gb * GIB),
+        block_size=settings.block_size,
+        threads=settings.threads,
+        deterministic=settings.deterministic,
+    )
+
+
+def _describe(error: ErrorDetails) -> str:
+    """One wrong setting in words: its flag, its value, what was expected."""
+    name = str(error["loc"][0]) if error["loc"] else "arguments"
+    flag = "--" + name.replace("_", "-")
+    return f"{flag} {error['input']!r}: {error['msg']}"

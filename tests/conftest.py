@@ -1,0 +1,18 @@
+"""Fixtures that several rooms use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.servers import Server, running_server
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server with the bundled model for all tests that leave it as they found it."""
+    folder: Path = tmp_path_factory.mktemp("server")
+    with running_server(folder, "--threads", "1") as running:
+        yield running

@@ -1,0 +1,108 @@
+"""Small engines on random weights, for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from model.backends.base import AttentionBackend
+from model.backends.cpu import CpuBackend
+from model.config import ModelConfig
+from model.kv_cache import KVCache
+from model.sampling_params import SamplingParams
+from model.transformer import Transformer
+from service.engine.blocks import BlockPool
+from service.engine.core import EngineCore
+from service.engine.messages import SequenceOutput, Submit
+from service.engine.runner import Runner
+from service.engine.scheduler import Limits, Scheduler
+
+VOCAB_SIZE = 211
+EOS = 0
+
+TINY = ModelConfig(
+    vocab_size=VOCAB_SIZE,
+    hidden_size=48,
+    num_layers=3,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=20,  # not hidden_size / num_heads
+    intermediate_size=80,
+    max_positions=256,
+    sliding_windows=(None, 40, None),
+)
+
+
+def random_model(config: ModelConfig = TINY, seed: int = 0) -> Transformer:
+    """Weights large enough that the next token depends on the whole context."""
+    generator = torch.Generator().manual_seed(seed)
+    model = Transformer(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.normal_(std=0.3, generator=generator)
+    return model
+
+
+def make_core(
+    model: Transformer,
+    *,
+    num_blocks: int = 64,
+    block_size: int = 8,
+    max_num_seqs: int = 16,
+    max_batched_tokens: int = 64,
+    make_backend: Callable[[ModelConfig, KVCache], AttentionBackend] = CpuBackend,
+) -> EngineCore:
+    """An engine around `model` with a cache of its own."""
+    config = model.config
+    cache = KVCache.allocate(
+        config,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        dtype=model.embedding.weight.dtype,
+    )
+    limits = Limits(max_num_seqs, max_batched_tokens, config.max_positions)
+    return EngineCore(
+        Scheduler(limits, BlockPool(num_blocks, block_size)),
+        Runner(model, make_backend(config, cache), block_size, (EOS,), torch.device("cpu")),
+    )
+
+
+@dataclass
+class Result:
+    """All that a sequence got."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    error: str | None = None
+
+
+def collect(outputs: list[SequenceOutput], results: dict[int, Result]) -> None:
+    """Add a step's outputs to what is already there."""
+    for output in outputs:
+        result = results.setdefault(output.id, Result([], [], ""))
+        assert not result.finish_reason, "output after the end"
+        result.token_ids += output.token_ids
+        result.logprobs += [entry.logprob for entry in output.logprobs or []]
+        result.finish_reason = output.finish_reason or ""
+        result.error = output.error
+
+
+def run_all(core: EngineCore, requests: list[Submit]) -> dict[int, Result]:
+    """Add everything at once and step to the end."""
+    results: dict[int, Result] = {}
+    for request in requests:
+        core.add(request)
+    while core.has_work:
+        collect(core.step(), results)
+    core.scheduler.pool.check()
+    assert core.scheduler.pool.num_referenced == 0
+    return results
+
+
+def submit(sequence_id: int, prompt: list[int], **sampling: object) -> Submit:
+    """A request; log-probabilities are asked for, because their bits tell more than ids."""
+    params = SamplingParams(**({"logprobs": 2} | sampling))  # type: ignore[arg-type]
+    return Submit(sequence_id, prompt, params)

@@ -1,0 +1,217 @@
+"""Laws 4, 5 and 6 on a real (small, random) transformer: a request's tokens and the bits of
+its log-probabilities do not depend on the company it keeps."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from model.transformer import Transformer
+from service.engine.core import EngineCore
+from service.engine.messages import Submit
+from tests.engine.engines import (
+    VOCAB_SIZE,
+    Result,
+    collect,
+    make_core,
+    random_model,
+    run_all,
+    submit,
+)
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def model(request: pytest.FixtureRequest) -> Transformer:
+    dtype: torch.dtype = request.param
+    return random_model().to(dtype)
+
+
+def random_requests(count: int, seed: int) -> list[Submit]:
+    """All kinds of lengths and sampling settings; some prompts share their beginning."""
+    rng = random.Random(seed)
+    system = [rng.randrange(1, VOCAB_SIZE) for _ in range(24)]
+    requests = []
+    for sequence_id in range(count):
+        prompt = [rng.randrange(1, VOCAB_SIZE) for _ in range(rng.choice([1, 2, 7, 30, 90]))]
+        if rng.random() < 0.3:
+            prompt = system + prompt
+        sampling: dict[str, object] = {
+            "max_tokens": rng.choice([1, 5, 20, 40]),
+            "seed": rng.randrange(2**63),
+            "temperature": rng.choice([0.0, 0.0, 0.7, 1.0]),
+            "ignore_eos": rng.random() < 0.5,
+            "logprobs": rng.choice([None, 0, 3]),
+        }
+        if rng.random() < 0.4:
+            sampling |= {"top_k": rng.choice([0, 1, 20]), "top_p": rng.choice([1.0, 0.8])}
+        if rng.random() < 0.3:
+            sampling |= {"repetition_penalty": 1.3, "frequency_penalty": 0.5, "min_p": 0.05}
+        if rng.random() < 0.2:
+            sampling |= {"logit_bias": {5: 3.0, 9: -100.0}, "min_tokens": 1}
+        requests.append(submit(sequence_id, prompt, **sampling))
+    return requests
+
+
+def alone(model: Transformer, request: Submit) -> Result:
+    """The request by itself, its prompt in one step, nothing cached."""
+    core = make_core(model, max_batched_tokens=256)
+    return run_all(core, [request])[request.id]
+
+
+def run_with_arrivals(core: EngineCore, requests: list[Submit], seed: int) -> dict[int, Result]:
+    """Requests arrive at random moments while others run."""
+    rng = random.Random(seed)
+    results: dict[int, Result] = {}
+    pending = list(requests)
+    while pending or core.has_work:
+        for _ in range(rng.choice([0, 0, 1, 4])):
+            if pending:
+                core.add(pending.pop(0))
+        collect(core.step(), results)
+    core.scheduler.pool.check()
+    assert core.scheduler.pool.num_referenced == 0
+    return results
+
+
+@pytest.mark.slow
+def test_200_random_requests_get_what_each_gets_alone(model: Transformer) -> None:
+    """In a crowd, in chunks, from a cached prefix, preempted or not: bit for bit."""
+    requests = random_requests(200, seed=1)
+    # 40 blocks of 8: about a third of what 16 sequences want, so preemptions happen.
+    core = make_core(model, num_blocks=40, max_batched_tokens=48)
+    results = run_with_arrivals(core, requests, seed=2)
+    assert core.stats().preemptions > 0
+    for request in requests:
+        assert results[request.id] == alone(model, request), f"request {request}"
+
+
+def test_a_dozen_random_requests_get_what_each_gets_alone(model: Transformer) -> None:
+    """The quick sibling of the test above."""
+    requests = random_requests(12, seed=3)
+    core = make_core(model, num_blocks=40, max_batched_tokens=48)
+    results = run_with_arrivals(core, requests, seed=4)
+    for request in requests:
+        assert results[request.id] == alone(model, request), f"request {request}"
+
+
+def test_a_sequence_that_goes_on_elsewhere_draws_the_same_tokens(model: Transformer) -> None:
+    """What a new engine does after the old one died: prompt and output so far, same seed."""
+    request = submit(1, [3, 1, 4, 1, 5], max_tokens=20, seed=9, ignore_eos=True)
+    whole = alone(model, request)
+    for done in (1, 7, 19):
+        rest = Submit(1, request.prompt_token_ids, request.sampling, 0, whole.token_ids[:done])
+        resumed = run_all(make_core(model), [rest])[1]
+        assert resumed.token_ids == whole.token_ids[done:]
+        assert resumed.logprobs == whole.logprobs[done:]
+
+
+def test_a_cached_prefix_changes_nothing(model: Transformer) -> None:
+    prompt = list(range(1, 60))
+    core = make_core(model)
+    first = run_all(core, [submit(1, prompt, max_tokens=10, temperature=0.0)])[1]
+    core.add(submit(2, prompt, max_tokens=10, temperature=0.0))
+    results: dict[int, Result] = {}
+    outputs = core.step()
+    assert outputs[0].cached_prompt_tokens == 56  # 7 full blocks of 8
+    collect(outputs, results)
+    while core.has_work:
+        collect(core.step(), results)
+    assert results[2] == first
+
+
+def test_an_exception_costs_only_the_sequence_that_causes_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The forward raises whenever the poisoned token is in the batch."""
+    model = random_model()
+    requests = random_requests(8, seed=5)
+    expected = {request.id: alone(model, request) for request in requests}
+    forward = model.forward
+
+    def poisoned(input_ids: torch.Tensor, *rest: object) -> torch.Tensor:
+        if (input_ids == VOCAB_SIZE - 1).any() and len(input_ids) > 2:
+            raise RuntimeError("poison")
+        return forward(input_ids, *rest)  # type: ignore[arg-type]
+
+    requests = [
+        replace_prompt(r, [t % (VOCAB_SIZE - 1) or 1 for t in r.prompt_token_ids]) for r in requests
+    ]
+    expected = {request.id: alone(model, request) for request in requests}
+    monkeypatch.setattr(model, "forward", poisoned)
+    poison = submit(99, [VOCAB_SIZE - 1] * 5, max_tokens=5)
+    results = run_all(make_core(model), [*requests[:4], poison, *requests[4:]])
+    assert results[99].finish_reason == "error"
+    assert results[99].error == "RuntimeError: poison"
+    for request in requests:
+        if VOCAB_SIZE - 1 not in expected[request.id].token_ids:
+            assert results[request.id] == expected[request.id]
+
+
+def replace_prompt(request: Submit, prompt: list[int]) -> Submit:
+    return Submit(request.id, prompt, request.sampling)
+
+
+def test_logits_that_are_not_finite_end_their_sequence_only() -> None:
+    model = random_model()
+    model.embedding.weight[7] = float("nan")
+    good, bad = submit(1, [1, 2, 3], max_tokens=3), submit(2, [7, 2], max_tokens=3)
+    expected = alone(model, good)
+    results = run_all(make_core(model), [good, bad])
+    assert results[1] == expected
+    assert results[2].finish_reason == "error"
+    assert results[2].error is not None
+    assert "logits hold nan" in results[2].error
+
+
+@pytest.mark.parametrize(
+    ("request_", "reason"),
+    [
+        (submit(1, [], max_tokens=5), "the prompt is empty"),
+        (submit(1, [1, VOCAB_SIZE], max_tokens=5), "token ids must lie in 0 .. 210"),
+        (submit(1, [1] * 250, max_tokens=7), "need 257 positions; the context has 256"),
+    ],
+)
+def test_what_cannot_run_is_answered_with_the_numbers(request_: Submit, reason: str) -> None:
+    results = run_all(make_core(random_model()), [request_])
+    assert results[1].finish_reason == "error"
+    assert reason in (results[1].error or "")
+
+
+def test_abort_frees_blocks_before_the_next_step() -> None:
+    core = make_core(random_model())
+    core.add(submit(1, [1] * 30, max_tokens=50, ignore_eos=True))
+    core.step()
+    assert core.stats().referenced_blocks == 4
+    core.abort(1)
+    core.abort(1)  # again is nothing to do
+    assert core.stats().referenced_blocks == 0
+    assert not core.has_work
+
+
+def test_stop_ids_end_of_text_and_min_tokens() -> None:
+    model = random_model()
+    free = alone(model, submit(1, [5, 6], max_tokens=12, temperature=0.0, ignore_eos=True))
+    third = free.token_ids[2]
+    first_at = free.token_ids.index(third)
+    stopped = alone(
+        model,
+        submit(1, [5, 6], max_tokens=12, temperature=0.0, ignore_eos=True, stop_token_ids=(third,)),
+    )
+    assert stopped.finish_reason == "stop"
+    assert stopped.token_ids == free.token_ids[: first_at + 1]
+    held = alone(
+        model,
+        submit(
+            1,
+            [5, 6],
+            max_tokens=12,
+            temperature=0.0,
+            ignore_eos=True,
+            stop_token_ids=(third,),
+            min_tokens=6,
+        ),
+    )
+    assert len(held.token_ids) >= 6
+    assert third not in held.token_ids[:6]

@@ -1,0 +1,151 @@
+"""A real server, from its start to its end: two processes, signals, and who outlives whom."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import httpx2
+import psutil
+import pytest
+
+from tests.servers import Server, running_server, status
+
+STORY = {"prompt": "Once upon a time", "seed": 1, "max_tokens": 60, "ignore_eos": True}
+
+
+def test_a_story_streams(server: Server) -> None:
+    events = list(server.events(STORY))
+    kinds = [kind for kind, _ in events]
+    assert kinds[0] == "start"
+    assert kinds[-1] == "done"
+    assert set(kinds[1:-1]) == {"token"}
+    assert len(kinds) > 20, "tokens came in a few lumps instead of one by one"
+    done = events[-1][1]
+    assert "".join(str(data["text"]) for kind, data in events if kind == "token") == done["text"]
+    assert done["finish_reason"] == "length"
+    assert done["usage"]["completion_tokens"] == 60  # type: ignore[index]
+
+
+def test_streamed_and_whole_answers_are_the_same_text(server: Server) -> None:
+    streamed = list(server.events(STORY))[-1][1]["text"]
+    choices = server.generate(STORY)["choices"]
+    assert choices[0]["text"] == streamed  # type: ignore[index]
+
+
+def test_the_api_answers_long_before_the_model_is_loaded(tmp_path: Path) -> None:
+    """It must not wait for torch: /health/live first, /health/ready when there is an engine."""
+    with running_server(tmp_path, ready=False) as server:
+        while status(f"{server.url}/health/live") != 200:
+            assert server.process.poll() is None, server.log.read_text()
+            time.sleep(0.01)
+        answer = httpx2.get(f"{server.url}/health/ready")
+        refused = httpx2.post(f"{server.url}/generate", json=STORY)
+        assert answer.status_code == 503, "torch was there before the API answered"
+        assert "loading" in answer.json()["detail"]
+        assert refused.status_code == 503
+        assert int(refused.headers["retry-after"]) >= 1
+        server.wait_ready()
+        assert list(server.events(STORY))[-1][0] == "done"
+
+
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_both_processes_with_status_0(tmp_path: Path, sig: int) -> None:
+    with running_server(tmp_path) as server:
+        engine = server.engine
+        assert server.stop(sig) == 0, server.log.read_text()
+        psutil.wait_procs([engine], timeout=5)
+        assert not engine.is_running()
+        assert "Traceback" not in server.log.read_text()
+
+
+def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(tmp_path: Path) -> None:
+    with running_server(tmp_path) as server:
+        events = server.events(STORY | {"max_tokens": 400})
+        next(events)
+        next(events)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        assert status(f"{server.url}/health/ready") == 503
+        assert status(f"{server.url}/health/live") == 200
+        refused = httpx2.post(f"{server.url}/generate", json=STORY)
+        assert refused.status_code == 503
+        last = list(events)[-1]
+        assert last[0] == "done"
+        assert last[1]["finish_reason"] == "length"
+        assert server.process.wait(10) == 0
+
+
+def test_what_outlasts_the_grace_time_ends_as_cancelled(tmp_path: Path) -> None:
+    with running_server(tmp_path, "--drain-s", "0.2") as server:
+        os.kill(server.engine.pid, signal.SIGSTOP)  # so that the request cannot finish
+        got: list[tuple[str, dict[str, object]]] = []
+        reader = threading.Thread(target=lambda: got.extend(server.events(STORY)))
+        reader.start()
+        time.sleep(0.3)
+        assert server.stop(limit_s=15) == 0
+        reader.join(5)
+        assert got[-1][0] == "done"
+        assert got[-1][1]["finish_reason"] == "cancelled"
+
+
+def test_killing_the_api_ends_the_engine(tmp_path: Path) -> None:
+    with running_server(tmp_path) as server:
+        engine = server.engine
+        server.process.kill()
+        _, alive = psutil.wait_procs([engine], timeout=5)
+        assert not alive
+
+
+def test_a_stream_outlives_the_death_of_the_engine(tmp_path: Path) -> None:
+    with running_server(tmp_path) as server:
+        body = STORY | {"max_tokens": 400}
+        undisturbed = server.generate(body)["choices"][0]["text"]  # type: ignore[index]
+        events = server.events(body)
+        for _ in range(5):
+            next(events)
+        server.engine.kill()
+        rest = list(events)
+        assert rest[-1][0] == "done"
+        assert rest[-1][1]["text"] == undisturbed
+        assert rest[-1][1]["usage"]["completion_tokens"] == 400  # type: ignore[index]
+
+
+def test_a_client_that_goes_away_frees_its_blocks(server: Server) -> None:
+    with httpx2.stream("POST", f"{server.url}/generate", json=STORY | {"max_tokens": 450}) as got:
+        next(got.iter_lines())
+    deadline = time.monotonic() + 5
+    while gauge(server, "vitrine_requests_in_flight") > 0:
+        assert time.monotonic() < deadline, "still in flight 5 s after its client left"
+        time.sleep(0.02)
+
+
+def gauge(server: Server, name: str) -> float:
+    """The value of a metric without labels."""
+    for line in httpx2.get(f"{server.url}/metrics").text.splitlines():
+        if line.startswith(name + " "):
+            return float(line.split()[1])
+    raise AssertionError(f"/metrics has no {name}")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["--device", "cuda:7"], "cuda:7"),
+        (["--max-model-len", "0"], "--max-model-len '0'"),
+        (["--max-batched-tokens", "8"], "--max-batched-tokens 8 is less than --max-num-seqs 64"),
+        (["--kv-cache-gb", "0.000001"], "does not hold one block"),
+    ],
+)
+def test_what_cannot_start_says_so_in_one_line(
+    tmp_path: Path, flags: list[str], message: str
+) -> None:
+    with running_server(tmp_path, *flags, ready=False) as server:
+        assert server.process.wait(30) == 1
+        lines = server.log.read_text()
+        assert message in lines.splitlines()[-1]
+        assert "Traceback" not in lines

@@ -1,0 +1,44 @@
+"""Flags and environment variables: the same names, the same bounds, nothing ignored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from service.settings import Settings, SettingsError, engine_config, read_settings
+
+
+def test_a_flag_beats_the_environment_and_that_beats_the_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert read_settings(Settings, []).port == 8000
+    monkeypatch.setenv("VITRINE_PORT", "9001")
+    assert read_settings(Settings, []).port == 9001
+    assert read_settings(Settings, ["--port", "9002"]).port == 9002
+
+
+def test_every_setting_is_an_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VITRINE_MAX_NUM_SEQS", "3")
+    monkeypatch.setenv("VITRINE_DETERMINISTIC", "false")
+    monkeypatch.setenv("VITRINE_KV_CACHE_GB", "0.5")
+    settings = read_settings(Settings, [])
+    config = engine_config(settings, Path("m"))
+    assert (config.max_num_seqs, config.deterministic) == (3, False)
+    assert config.kv_cache_bytes == 2**29
+
+
+def test_a_misspelt_variable_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VITRINE_MODLE", "x")
+    with pytest.raises(SettingsError, match="VITRINE_MODLE is not a setting"):
+        read_settings(Settings, [])
+
+
+def test_a_wrong_value_is_refused_with_the_flag_the_value_and_the_limit() -> None:
+    with pytest.raises(SettingsError, match=r"--port '70000': .* less than or equal to 65535"):
+        read_settings(Settings, ["--port", "70000"])
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        read_settings(Settings, []).port = 1  # type: ignore[misc]
