@@ -179,6 +179,7 @@ class InfoAnswer(msgspec.Struct, frozen=True):
     load_s: float
     threads: int
     deterministic: bool
+    attention_backend: str
     engine: Annotated[str, Meta(description="The engine's state.")]
     versions: dict[str, str]
     limits: dict[str, int | float]

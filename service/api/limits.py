@@ -6,9 +6,9 @@ import hashlib
 from dataclasses import dataclass
 
 
-def api_key_hash(key: str) -> bytes:
-    """What is kept of an API key: its SHA-256 digest."""
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+def api_key_hash(key: str | bytes) -> bytes:
+    """What is kept of an API key: the SHA-256 digest of its (UTF-8) bytes."""
+    return hashlib.sha256(key.encode() if isinstance(key, str) else key).digest()
 
 
 @dataclass(frozen=True, slots=True)

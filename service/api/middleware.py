@@ -76,7 +76,7 @@ class ApiKeyMiddleware:
         if scope["path"].startswith(_OPEN_PATHS):
             return True
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        presented = api_key_hash(key.strip())
+        presented = api_key_hash(key.strip().encode("latin-1"))  # a header is bytes
         # All of them, each in constant time: how long it takes tells nothing.
         matches = [hmac.compare_digest(presented, one) for one in self._key_hashes]
         return scheme.lower() == "bearer" and any(matches)

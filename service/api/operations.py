@@ -92,6 +92,7 @@ def _info(context: ApiContext, versions: dict[str, str]) -> InfoAnswer:
         load_s=info.load_s,
         threads=info.threads,
         deterministic=info.deterministic,
+        attention_backend=info.attention_backend,
         engine=context.engine.state,
         versions=versions | {"torch": info.torch_version},
         limits=limits,

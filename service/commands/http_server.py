@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
 
 from service.api.app import create_app
+from service.api.limits import ApiLimits, api_key_hash
 from service.client import EngineClient
 from service.commands.loading import LoadedModel
-from service.settings import Settings
+from service.settings import Settings, SettingsError
 
 log = logging.getLogger("vitrine")
 
 # After the running requests are done or cancelled: time for their last bytes to leave.
 LAST_BYTES_S = 5
+BUNDLED_MODEL_NAME = "stories"
 
 
 class DrainingServer(uvicorn.Server):
@@ -38,7 +41,14 @@ class DrainingServer(uvicorn.Server):
 
 def make_server(settings: Settings, client: EngineClient, model: LoadedModel) -> DrainingServer:
     """The server, listening where the settings say once `serve()` runs."""
-    app = create_app(settings, client, model.get_tokenizer)
+    limits = ApiLimits(
+        max_body_bytes=settings.max_body_bytes,
+        request_timeout_s=settings.request_timeout_s,
+        keep_alive_s=settings.keep_alive_s,
+        api_key_hashes=read_api_keys(settings.api_key_file),
+    )
+    name = settings.served_model_name or settings.model or BUNDLED_MODEL_NAME
+    app = create_app(limits, client, model.get_tokenizer, name.rstrip("/").rsplit("/", 1)[-1])
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -50,6 +60,25 @@ def make_server(settings: Settings, client: EngineClient, model: LoadedModel) ->
         timeout_keep_alive=75,
     )
     return DrainingServer(config)
+
+
+def read_api_keys(path: Path | None) -> tuple[bytes, ...]:
+    """Hashes of the keys in a file of one key a line, `key` or `name:key`; blank lines and
+    lines that begin with # do not count.
+
+    Raises `SettingsError` for a file that cannot be read or that holds no key: a server that
+    was told to ask for keys must not run without.
+    """
+    if path is None:
+        return ()
+    try:
+        lines = [line.strip() for line in path.read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"--api-key-file {path}: {error}") from None
+    keys = [line.rpartition(":")[2] for line in lines if line and not line.startswith("#")]
+    if not keys or not all(keys):
+        raise SettingsError(f"--api-key-file {path} holds no key, or an empty one")
+    return tuple(api_key_hash(key) for key in keys)
 
 
 async def end_in_order(server: DrainingServer, client: EngineClient, drain_s: float) -> None:

@@ -6,8 +6,9 @@ import asyncio
 import json
 from typing import Any
 
-from sse_parser import Event, EventStreamParser
 from starlette.types import ASGIApp, Message
+
+from tests.api.sse_parser import Event, EventStreamParser
 
 
 class Exchange:

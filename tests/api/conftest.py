@@ -11,8 +11,6 @@ from typing import Any
 import httpx2
 import pytest
 import tokenizers
-from asgi_client import Exchange
-from fake_engine import FakeEngine, Script, stay_silent
 from fastapi import FastAPI
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -20,6 +18,8 @@ from model.tokenizer import Tokenizer
 from service.api.app import create_app
 from service.api.context import ApiContext
 from service.api.limits import ApiLimits
+from tests.api.asgi_client import Exchange
+from tests.api.fake_engine import FakeEngine, Script, stay_silent
 
 CORPUS = ["Once upon a time there was a little glass case, naïve and 東京 \U0001f600."] * 3
 

@@ -34,6 +34,7 @@ INFO = ModelInfo(
     torch_version="0",
     threads=1,
     deterministic=True,
+    attention_backend="reference",
 )
 
 

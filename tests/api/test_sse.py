@@ -6,12 +6,12 @@ import asyncio
 import json
 
 import pytest
-from asgi_client import Exchange
 from hypothesis import given
 from hypothesis import strategies as st
-from sse_parser import Event, EventStreamParser, parse
 
 from service.api.sse import EventStreamResponse, format_event
+from tests.api.asgi_client import Exchange
+from tests.api.sse_parser import Event, EventStreamParser, parse
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 lines = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\n\0"), max_size=20)

@@ -4,14 +4,22 @@ its log-probabilities do not depend on the company it keeps."""
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
 
+from model.backends.base import AttentionBackend
+from model.backends.cpu import CpuBackend
+from model.backends.cpu_native import NativeCpuBackend
+from model.config import ModelConfig
+from model.kv_cache import KVCache
 from model.transformer import Transformer
 from service.engine.core import EngineCore
 from service.engine.messages import Submit
 from tests.engine.engines import (
+    TINY_NATIVE,
     VOCAB_SIZE,
     Result,
     collect,
@@ -22,10 +30,34 @@ from tests.engine.engines import (
 )
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def model(request: pytest.FixtureRequest) -> Transformer:
-    dtype: torch.dtype = request.param
-    return random_model().to(dtype)
+@dataclass(frozen=True)
+class Setup:
+    """A model and what computes its attention."""
+
+    model: Transformer
+    backend: Callable[[ModelConfig, KVCache], AttentionBackend]
+    block_size: int
+
+    def core(self, *, num_blocks: int = 64, max_batched_tokens: int = 256) -> EngineCore:
+        return make_core(
+            self.model,
+            num_blocks=num_blocks,
+            block_size=self.block_size,
+            max_batched_tokens=max_batched_tokens,
+            make_backend=self.backend,
+        )
+
+
+def _setup(dtype: torch.dtype, *, native: bool) -> Setup:
+    if native:
+        return Setup(random_model(TINY_NATIVE).to(dtype), NativeCpuBackend.create, 16)
+    return Setup(random_model().to(dtype), CpuBackend, 8)
+
+
+@pytest.fixture(scope="module", params=["torch fp32", "torch bf16", "native fp32", "native bf16"])
+def setup(request: pytest.FixtureRequest) -> Setup:
+    kind, dtype = request.param.split()
+    return _setup(torch.float32 if dtype == "fp32" else torch.bfloat16, native=kind == "native")
 
 
 def random_requests(count: int, seed: int) -> list[Submit]:
@@ -54,10 +86,9 @@ def random_requests(count: int, seed: int) -> list[Submit]:
     return requests
 
 
-def alone(model: Transformer, request: Submit) -> Result:
+def alone(setup: Setup, request: Submit) -> Result:
     """The request by itself, its prompt in one step, nothing cached."""
-    core = make_core(model, max_batched_tokens=256)
-    return run_all(core, [request])[request.id]
+    return run_all(setup.core(), [request])[request.id]
 
 
 def run_with_arrivals(core: EngineCore, requests: list[Submit], seed: int) -> dict[int, Result]:
@@ -76,45 +107,45 @@ def run_with_arrivals(core: EngineCore, requests: list[Submit], seed: int) -> di
 
 
 @pytest.mark.slow
-def test_200_random_requests_get_what_each_gets_alone(model: Transformer) -> None:
+def test_200_random_requests_get_what_each_gets_alone(setup: Setup) -> None:
     """In a crowd, in chunks, from a cached prefix, preempted or not: bit for bit."""
     requests = random_requests(200, seed=1)
-    # 40 blocks of 8: about a third of what 16 sequences want, so preemptions happen.
-    core = make_core(model, num_blocks=40, max_batched_tokens=48)
+    # 320 tokens: about a third of what 16 sequences want, so preemptions happen.
+    core = setup.core(num_blocks=320 // setup.block_size, max_batched_tokens=48)
     results = run_with_arrivals(core, requests, seed=2)
     assert core.stats().preemptions > 0
     for request in requests:
-        assert results[request.id] == alone(model, request), f"request {request}"
+        assert results[request.id] == alone(setup, request), f"request {request}"
 
 
-def test_a_dozen_random_requests_get_what_each_gets_alone(model: Transformer) -> None:
+def test_a_dozen_random_requests_get_what_each_gets_alone(setup: Setup) -> None:
     """The quick sibling of the test above."""
     requests = random_requests(12, seed=3)
-    core = make_core(model, num_blocks=40, max_batched_tokens=48)
+    core = setup.core(num_blocks=320 // setup.block_size, max_batched_tokens=48)
     results = run_with_arrivals(core, requests, seed=4)
     for request in requests:
-        assert results[request.id] == alone(model, request), f"request {request}"
+        assert results[request.id] == alone(setup, request), f"request {request}"
 
 
-def test_a_sequence_that_goes_on_elsewhere_draws_the_same_tokens(model: Transformer) -> None:
+def test_a_sequence_that_goes_on_elsewhere_draws_the_same_tokens(setup: Setup) -> None:
     """What a new engine does after the old one died: prompt and output so far, same seed."""
     request = submit(1, [3, 1, 4, 1, 5], max_tokens=20, seed=9, ignore_eos=True)
-    whole = alone(model, request)
+    whole = alone(setup, request)
     for done in (1, 7, 19):
         rest = Submit(1, request.prompt_token_ids, request.sampling, 0, whole.token_ids[:done])
-        resumed = run_all(make_core(model), [rest])[1]
+        resumed = run_all(setup.core(), [rest])[1]
         assert resumed.token_ids == whole.token_ids[done:]
         assert resumed.logprobs == whole.logprobs[done:]
 
 
-def test_a_cached_prefix_changes_nothing(model: Transformer) -> None:
+def test_a_cached_prefix_changes_nothing(setup: Setup) -> None:
     prompt = list(range(1, 60))
-    core = make_core(model)
+    core = setup.core()
     first = run_all(core, [submit(1, prompt, max_tokens=10, temperature=0.0)])[1]
     core.add(submit(2, prompt, max_tokens=10, temperature=0.0))
     results: dict[int, Result] = {}
     outputs = core.step()
-    assert outputs[0].cached_prompt_tokens == 56  # 7 full blocks of 8
+    assert outputs[0].cached_prompt_tokens == 58 // setup.block_size * setup.block_size
     collect(outputs, results)
     while core.has_work:
         collect(core.step(), results)
@@ -125,9 +156,10 @@ def test_an_exception_costs_only_the_sequence_that_causes_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The forward raises whenever the poisoned token is in the batch."""
-    model = random_model()
+    setup = _setup(torch.float32, native=False)
+    model = setup.model
     requests = random_requests(8, seed=5)
-    expected = {request.id: alone(model, request) for request in requests}
+    expected = {request.id: alone(setup, request) for request in requests}
     forward = model.forward
 
     def poisoned(input_ids: torch.Tensor, *rest: object) -> torch.Tensor:
@@ -138,10 +170,10 @@ def test_an_exception_costs_only_the_sequence_that_causes_it(
     requests = [
         replace_prompt(r, [t % (VOCAB_SIZE - 1) or 1 for t in r.prompt_token_ids]) for r in requests
     ]
-    expected = {request.id: alone(model, request) for request in requests}
+    expected = {request.id: alone(setup, request) for request in requests}
     monkeypatch.setattr(model, "forward", poisoned)
     poison = submit(99, [VOCAB_SIZE - 1] * 5, max_tokens=5)
-    results = run_all(make_core(model), [*requests[:4], poison, *requests[4:]])
+    results = run_all(setup.core(), [*requests[:4], poison, *requests[4:]])
     assert results[99].finish_reason == "error"
     assert results[99].error == "RuntimeError: poison"
     for request in requests:
@@ -154,11 +186,12 @@ def replace_prompt(request: Submit, prompt: list[int]) -> Submit:
 
 
 def test_logits_that_are_not_finite_end_their_sequence_only() -> None:
-    model = random_model()
+    setup = _setup(torch.float32, native=False)
+    model = setup.model
     model.embedding.weight[7] = float("nan")
     good, bad = submit(1, [1, 2, 3], max_tokens=3), submit(2, [7, 2], max_tokens=3)
-    expected = alone(model, good)
-    results = run_all(make_core(model), [good, bad])
+    expected = alone(setup, good)
+    results = run_all(setup.core(), [good, bad])
     assert results[1] == expected
     assert results[2].finish_reason == "error"
     assert results[2].error is not None
@@ -191,18 +224,18 @@ def test_abort_frees_blocks_before_the_next_step() -> None:
 
 
 def test_stop_ids_end_of_text_and_min_tokens() -> None:
-    model = random_model()
-    free = alone(model, submit(1, [5, 6], max_tokens=12, temperature=0.0, ignore_eos=True))
+    setup = _setup(torch.float32, native=False)
+    free = alone(setup, submit(1, [5, 6], max_tokens=12, temperature=0.0, ignore_eos=True))
     third = free.token_ids[2]
     first_at = free.token_ids.index(third)
     stopped = alone(
-        model,
+        setup,
         submit(1, [5, 6], max_tokens=12, temperature=0.0, ignore_eos=True, stop_token_ids=(third,)),
     )
     assert stopped.finish_reason == "stop"
     assert stopped.token_ids == free.token_ids[: first_at + 1]
     held = alone(
-        model,
+        setup,
         submit(
             1,
             [5, 6],

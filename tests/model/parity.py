@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from model.backends import cpu_native
 from model.backends.base import AttentionBackend
 from model.backends.cpu import CpuBackend
+from model.backends.cpu_native import NativeCpuBackend
 from model.backends.reference import ReferenceBackend
 from model.batch import single_sequence
 from model.checkpoint import Checkpoint, load_checkpoint
+from model.config import ModelConfig
 from model.kv_cache import KVCache
 
 BOUND = 1e-4
@@ -36,10 +39,18 @@ CHUNKS = {"whole": 10_000, "chunks of 48": 48, "token by token": 1}
 NUM_GREEDY = 64
 BLOCK_SIZE = 16
 VOCAB_SIZE = 199
-BACKENDS: dict[str, type[ReferenceBackend] | type[CpuBackend]] = {
+BACKENDS: dict[str, Callable[[ModelConfig, KVCache], AttentionBackend]] = {
     "reference": ReferenceBackend,
-    "cpu": CpuBackend,
+    "cpu-torch": CpuBackend,
+    "cpu-native": NativeCpuBackend.create,
 }
+
+
+def backends_for(config: ModelConfig) -> list[str]:
+    """The backends that can run a model: the compiled one takes head sizes of 16, 32, ..."""
+    cache = KVCache.allocate(config, num_blocks=1, block_size=BLOCK_SIZE, dtype=torch.float32)
+    can_run_native = cpu_native.unsupported(config, cache) is None
+    return [name for name in BACKENDS if name != "cpu-native" or can_run_native]
 
 
 @dataclass(frozen=True)
@@ -155,7 +166,7 @@ CASES = (
 
 _LLAMA_LIKE = {
     "vocab_size": VOCAB_SIZE,
-    "hidden_size": 48,
+    "hidden_size": 64,
     "intermediate_size": 80,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
@@ -166,7 +177,7 @@ _LLAMA_LIKE = {
 DEFAULTS: dict[str, dict[str, Any]] = {
     "gpt2": {
         "vocab_size": VOCAB_SIZE,
-        "n_embd": 48,
+        "n_embd": 64,
         "n_layer": 3,
         "n_head": 4,
         "n_positions": 320,
@@ -316,7 +327,7 @@ def table() -> Table:
             checkpoint = load_checkpoint(Path(directory))
             expected = oracle.greedy(prompt(17), NUM_GREEDY)
             largest = float(oracle.logits(prompt(200)).abs().max())
-            for backend in BACKENDS:
+            for backend in backends_for(checkpoint.config):
                 worst = dict.fromkeys(PROMPT_LENGTHS, 0.0)
                 for length, _, difference in differences(oracle, checkpoint, backend):
                     worst[length] = max(worst[length], difference)
