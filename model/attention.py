@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from model.backends.base import AttentionStep
 from model.config import ModelConfig
 from model.layers import RMSNorm
+from model.linear import Linear
 from model.positions import RotaryPositions, apply_rotary
 
 
@@ -59,10 +60,10 @@ class SelfAttention(nn.Module):
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         self.head_dim = config.head_dim
         # One product for all three; rows are [queries | keys | values].
-        self.qkv = nn.Linear(
+        self.qkv = Linear(
             config.hidden_size, config.query_size + 2 * config.kv_size, bias=config.qkv_bias
         )
-        self.out = nn.Linear(config.query_size, config.hidden_size, bias=config.attention_out_bias)
+        self.out = Linear(config.query_size, config.hidden_size, bias=config.attention_out_bias)
         self.query_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.key_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
@@ -87,9 +88,10 @@ class SelfAttention(nn.Module):
     def forward(
         self,
         hidden: Float[Tensor, "num_tokens hidden"],
+        residual: Float[Tensor, "num_tokens hidden"],
         rotary: RotaryPositions | None,
         attend: AttentionStep,
     ) -> Float[Tensor, "num_tokens hidden"]:
-        """What each token gathers from the ones it may see."""
-        out: Tensor = self.out(attend(self, self.qkv(hidden), rotary))
+        """`residual` plus what each token gathers from the ones it may see."""
+        out: Tensor = self.out(attend(self, self.qkv(hidden), rotary), residual)
         return out

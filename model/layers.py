@@ -1,6 +1,12 @@
-"""Norms and MLPs: what a block does to each token on its own."""
+"""Norms and MLPs: what a block does to each token on its own.
+
+The written-out forms are the reference; where `native` is set (model/cpu.py does it), the
+compiled kernel answers instead.
+"""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.kernels.native import NativeKernels
+from model.linear import Linear
 
 
 class RMSNorm(nn.Module):
@@ -17,8 +25,11 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
+        self.native: NativeKernels | None = None
 
     def forward(self, x: Float[Tensor, "*rows size"]) -> Float[Tensor, "*rows size"]:
+        if self.native is not None:
+            return self.native.rms_norm(x, self.weight, self.eps)
         x32 = x.float()
         scale = torch.rsqrt(x32.square().mean(dim=-1, keepdim=True) + self.eps)
         return (x32 * scale).to(x.dtype) * self.weight
@@ -32,32 +43,49 @@ def make_norm(config: ModelConfig) -> nn.Module:
 
 
 class GeluMLP(nn.Module):
-    """up -> GELU -> down (GPT-2 uses the tanh form of GELU)."""
+    """residual + down(GELU(up x)); GPT-2 uses the tanh form of GELU."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.approximate = "tanh" if config.mlp == "gelu_tanh" else "none"
-        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.approximate: Literal["tanh", "none"] = "tanh" if config.mlp == "gelu_tanh" else "none"
+        self.up = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, x: Float[Tensor, "num_tokens hidden"]) -> Float[Tensor, "num_tokens hidden"]:
-        out: Tensor = self.down(F.gelu(self.up(x), approximate=self.approximate))
+    def forward(
+        self,
+        x: Float[Tensor, "num_tokens hidden"],
+        residual: Float[Tensor, "num_tokens hidden"],
+    ) -> Float[Tensor, "num_tokens hidden"]:
+        out: Tensor = self.down(self.up.gelu(x, self.approximate), residual)
         return out
 
 
 class SwiGLUMLP(nn.Module):
-    """down(SiLU(gate x) * (up x)); gate and up are one product (Shazeer 2020, arXiv:2002.05202)."""
+    """residual + down(SiLU(gate x) * (up x)); gate and up are one product.
+
+    Shazeer 2020, arXiv:2002.05202.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(
+        self.gate_up = Linear(
             config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias
         )
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.down = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.native: NativeKernels | None = None
 
-    def forward(self, x: Float[Tensor, "num_tokens hidden"]) -> Float[Tensor, "num_tokens hidden"]:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        out: Tensor = self.down(F.silu(gate) * up)
+    def forward(
+        self,
+        x: Float[Tensor, "num_tokens hidden"],
+        residual: Float[Tensor, "num_tokens hidden"],
+    ) -> Float[Tensor, "num_tokens hidden"]:
+        gate_up = self.gate_up(x)
+        if self.native is not None:
+            gated = self.native.silu_mul(gate_up)
+        else:
+            gate, up = gate_up.chunk(2, dim=-1)
+            gated = F.silu(gate) * up
+        out: Tensor = self.down(gated, residual)
         return out
 
 

@@ -13,6 +13,7 @@ from model.attention import SelfAttention
 from model.backends.base import AttentionStep
 from model.config import ConfigError, ModelConfig
 from model.layers import make_mlp, make_norm
+from model.linear import Linear
 from model.positions import RotaryPositions, rotary_table, sinusoidal_table
 
 
@@ -32,8 +33,8 @@ class Block(nn.Module):
         rotary: RotaryPositions | None,
         attend: AttentionStep,
     ) -> Float[Tensor, "num_tokens hidden"]:
-        hidden = hidden + self.attention(self.attention_norm(hidden), rotary, attend)
-        out: Tensor = hidden + self.mlp(self.mlp_norm(hidden))
+        hidden = self.attention(self.attention_norm(hidden), hidden, rotary, attend)
+        out: Tensor = self.mlp(self.mlp_norm(hidden), hidden)
         return out
 
 
@@ -61,7 +62,7 @@ class Transformer(nn.Module):
         )
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.final_norm = make_norm(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.embedding.weight
         self.position_tables = self._make_position_tables()

@@ -19,10 +19,10 @@ from model.attention import SelfAttention
 from model.batch import ForwardBatch
 from model.config import ModelConfig
 from model.kernels import native
+from model.kernels.native import LANES, NativeKernels
 from model.kv_cache import KVCache
 from model.positions import RotaryPositions
 
-LANES = 16
 MAX_HEAD_DIM = 256
 MAX_BLOCK_SIZE = 128
 JOB_QUERIES = 32  # queries of a chunk that one thread takes at a time
@@ -45,7 +45,7 @@ class NativeCpuBackend:
 
     config: ModelConfig
     cache: KVCache
-    library: ctypes.CDLL
+    kernels: NativeKernels
 
     @classmethod
     def create(cls, config: ModelConfig, cache: KVCache) -> NativeCpuBackend:
@@ -100,7 +100,7 @@ class _NativeStep:
             shape.cos = rotary.cos_table.data_ptr()
             shape.sin = rotary.sin_table.data_ptr()
             shape.positions = rotary.positions.data_ptr()
-        self.backend.library.vitrine_attention(
+        self.backend.kernels.library.vitrine_attention(
             ctypes.byref(shape),
             qkv.data_ptr(),
             cache.keys[attention.layer].data_ptr(),

@@ -14,12 +14,18 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fopenmp", "-fPIC", "-shared")
 BUILD_LIMIT_S = 120
+LANES = 16  # sizes that the kernels take are multiples of this
 
 
 class NativeKernelError(RuntimeError):
@@ -49,8 +55,40 @@ class Shape(ctypes.Structure):
     )
 
 
+@dataclass(frozen=True, slots=True)
+class NativeKernels:
+    """The compiled kernels, called on tensors. float32 or bfloat16, contiguous, on the CPU."""
+
+    library: ctypes.CDLL
+
+    def rms_norm(
+        self, x: Float[Tensor, "rows size"], weight: Float[Tensor, " size"], eps: float
+    ) -> Float[Tensor, "rows size"]:
+        """x / sqrt(mean(x^2) + eps) * weight; size must be a multiple of LANES."""
+        out = torch.empty_like(x)
+        self.library.vitrine_rms_norm(
+            x.data_ptr(),
+            weight.data_ptr(),
+            out.data_ptr(),
+            x.shape[0],
+            x.shape[1],
+            eps,
+            x.dtype == torch.bfloat16,
+        )
+        return out
+
+    def silu_mul(self, gate_up: Float[Tensor, "rows two_sizes"]) -> Float[Tensor, "rows size"]:
+        """SiLU(gate) * up of [gate | up]; size must be a multiple of LANES."""
+        rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+        out = torch.empty(rows, size, dtype=gate_up.dtype)
+        self.library.vitrine_silu_mul(
+            gate_up.data_ptr(), out.data_ptr(), rows, size, gate_up.dtype == torch.bfloat16
+        )
+        return out
+
+
 @cache
-def load() -> ctypes.CDLL:
+def load() -> NativeKernels:
     """The compiled kernels, built first if need be. Raises `NativeKernelError`."""
     path = _cache_folder() / f"cpu_kernels-{_fingerprint()}.so"
     if not path.exists():
@@ -69,7 +107,11 @@ def load() -> ctypes.CDLL:
         *(pointer,) * 4,
     ]
     library.vitrine_attention.restype = None
-    return library
+    library.vitrine_rms_norm.argtypes = [*(pointer,) * 3, count, count, ctypes.c_float, count]
+    library.vitrine_rms_norm.restype = None
+    library.vitrine_silu_mul.argtypes = [pointer, pointer, count, count, count]
+    library.vitrine_silu_mul.restype = None
+    return NativeKernels(library)
 
 
 def _compiler() -> str:

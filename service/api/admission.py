@@ -114,14 +114,14 @@ def _check_vocabulary(body: GenerateRequest, vocab_size: int) -> None:
         )
     check_token_ids("logit_bias", (int(key) for key in body.logit_bias), vocab_size)
     check_token_ids("stop_token_ids", body.stop_token_ids, vocab_size)
-    if isinstance(body.prompt, list) and max(body.prompt) >= vocab_size:
-        check_token_ids("prompt", body.prompt, vocab_size)
 
 
 async def _prompt_ids(
     body: GenerateRequest, tokenizer: Tokenizer, info: ModelInfo, limits: ApiLimits
 ) -> list[int]:
     if isinstance(body.prompt, list):
+        if len(body.prompt) < info.context_length:  # or it is refused for its length
+            check_token_ids("prompt", body.prompt, info.vocab_size)
         return body.prompt
     # A text that is far too long is not worth the time to find out by how much.
     at_least = tokenizer.fewest_tokens(body.prompt)

@@ -1,6 +1,6 @@
 """Read a request's JSON body into its model.
 
-pydantic parses the bytes itself: with bounds on nesting and on the digits of a number, no
+pydantic's parser reads the bytes: with bounds on nesting and on the digits of a number, no
 lone surrogates, and the position of what is wrong.
 """
 
@@ -9,9 +9,12 @@ from __future__ import annotations
 from typing import TypeVar
 
 import pydantic
+import pydantic_core
 from starlette.requests import Request
 
 from service.api.errors import ProblemError, invalid_body
+
+_MAX_FIELDS = 100  # more than any body has; each unknown one would be an error to tell
 
 Body = TypeVar("Body", bound=pydantic.BaseModel)
 
@@ -32,6 +35,14 @@ async def read_json(request: Request, model: type[Body]) -> Body:
         )
     data = await request.body()
     try:
-        return model.model_validate_json(data)
+        fields = pydantic_core.from_json(data)
+    except ValueError as error:
+        raise ProblemError(
+            "invalid-request", 422, f"the body is not valid JSON: {error}"
+        ) from error
+    if isinstance(fields, dict) and len(fields) > _MAX_FIELDS:
+        raise ProblemError("invalid-request", 422, f"the body has {len(fields)} fields")
+    try:
+        return model.model_validate(fields)
     except pydantic.ValidationError as error:
         raise invalid_body(error) from error

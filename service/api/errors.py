@@ -164,9 +164,6 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 def _describe(error: ErrorDetails) -> str:
     """One error of pydantic's in words: field, reason, value."""
     kind, path = error["type"], _path(error["loc"])
-    if kind == "json_invalid":
-        reason = error.get("ctx", {}).get("error", error["msg"])
-        return f"the body is not valid JSON: {reason}"
     if kind == "missing":
         return f"{path}: this field is required"
     if kind == "extra_forbidden":

@@ -10,7 +10,6 @@ import time
 from dataclasses import dataclass, field
 
 from model.sampling import SampledTokens
-
 from service.engine.messages import EngineFinish, EngineStats, SequenceOutput, Submit, TokenLogprob
 from service.engine.runner import Runner
 from service.engine.scheduler import Scheduled, Scheduler

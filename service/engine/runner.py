@@ -5,19 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from model.sampling import SampledTokens, SamplingBatch, SamplingRow, sample
 
 from model.backends.base import AttentionBackend
 from model.batch import ForwardBatch
+from model.cpu import RowPadding
+from model.sampling import SampledTokens, SamplingBatch, SamplingRow, sample
 from model.transformer import Transformer
 from service.engine.scheduler import Scheduled
 from service.engine.sequence import Sequence
 
-# In deterministic mode the rows of a step, and the rows whose logits are wanted, come in
-# multiples of this. In float32 torch's products treat 1-3 leftover rows differently, with
-# different bits; padded, a row's result does not depend on how many others there are
-# (README, "The same tokens in any company").
-DETERMINISTIC_ROW_MULTIPLE = 4
+NOTHING_SAMPLED = SampledTokens(torch.empty(0, dtype=torch.int64))
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,15 +26,19 @@ class Runner:
     block_size: int
     eos_token_ids: tuple[int, ...]
     device: torch.device
-    row_multiple: int = DETERMINISTIC_ROW_MULTIPLE  # 1: no padding, and no promise
+    # Rows of a step, and rows whose logits are wanted, are padded so that a row's result does
+    # not depend on how many others there are (README, "The same tokens in any company").
+    padding: RowPadding
 
     @torch.inference_mode()
     def run(self, step: list[Scheduled]) -> SampledTokens:
         """One forward and one draw. Row i of the result belongs to the i-th item of `step`
         that samples."""
-        batch = build_batch(step, self.block_size, self.row_multiple, self.device)
+        batch = build_batch(step, self.block_size, self.padding, self.device)
         hidden = self.model(batch.input_ids, batch.positions, self.backend.begin(batch))
         rows = [_sampling_row(item.sequence) for item in step if item.samples]
+        if not rows:
+            return NOTHING_SAMPLED
         logits = self.model.logits(hidden[batch.logits_rows])[: len(rows)]
         sampling = SamplingBatch.build(
             rows, self.model.config.vocab_size, self.device, self.eos_token_ids
@@ -54,9 +55,9 @@ def _sampling_row(sequence: Sequence) -> SamplingRow:
 
 
 def build_batch(
-    step: list[Scheduled], block_size: int, row_multiple: int, device: torch.device
+    step: list[Scheduled], block_size: int, padding: RowPadding, device: torch.device
 ) -> ForwardBatch:
-    """Flatten the chosen tokens of all sequences into one row, padded to `row_multiple`."""
+    """Flatten the chosen tokens of all sequences into one row, padded as `padding` says."""
     input_ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -76,23 +77,24 @@ def build_batch(
         context_lens.append(end)
         if item.samples:
             logits_rows.append(len(input_ids) - 1)
-    padding = -len(input_ids) % row_multiple
+    num_padding = padding.padded(len(input_ids)) - len(input_ids)
     max_blocks = max(len(item.sequence.blocks) for item in step)
     tables = [
         item.sequence.blocks + [0] * (max_blocks - len(item.sequence.blocks)) for item in step
     ]
-    logits_rows += [0] * (-len(logits_rows) % row_multiple)
+    if logits_rows:
+        logits_rows += [0] * (padding.padded(len(logits_rows)) - len(logits_rows))
 
     def tensor(values: list[int] | list[list[int]]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
 
     return ForwardBatch(
-        input_ids=tensor(input_ids + [0] * padding),
-        positions=tensor(positions + [0] * padding),
+        input_ids=tensor(input_ids + [0] * num_padding),
+        positions=tensor(positions + [0] * num_padding),
         query_start=tensor(query_start),
         context_lens=tensor(context_lens),
         block_tables=tensor(tables),
-        slot_mapping=tensor(slots + [-1] * padding),
+        slot_mapping=tensor(slots + [-1] * num_padding),
         logits_rows=tensor(logits_rows),
         query_start_host=tuple(query_start),
         context_lens_host=tuple(context_lens),

@@ -8,15 +8,17 @@ from pathlib import Path
 
 import torch
 
+from model import cpu
 from model.backends.select import select_backend
 from model.checkpoint import load_checkpoint
 from model.checkpoint_files import read_checkpoint_info
 from model.config import ModelConfig
+from model.cpu import RowPadding
 from model.kv_cache import KVCache, bytes_per_block
 from service.engine.blocks import BlockPool
 from service.engine.core import EngineCore
 from service.engine.messages import EngineConfig, ModelInfo
-from service.engine.runner import DETERMINISTIC_ROW_MULTIPLE, Runner
+from service.engine.runner import Runner
 from service.engine.scheduler import Limits, Scheduler
 
 log = logging.getLogger("vitrine.engine")
@@ -82,6 +84,19 @@ def start_engine(config: EngineConfig, *, progress: bool = False) -> tuple[Engin
         progress=progress,
     )
     model = checkpoint.model
+    num_parameters = sum(p.numel() for p in model.parameters())
+    weight_bytes = sum(p.nbytes for p in model.parameters())
+    padding: RowPadding | None = None
+    if device.type == "cpu":
+        for miss in cpu.optimise(model):
+            log.warning("%s", miss)
+        if config.deterministic:
+            padding = cpu.choose_padding(model)
+            if padding is None:
+                log.warning(
+                    "this processor gives a row other bits beside other rows whatever the "
+                    "padding: tokens may depend on the load"
+                )
     dtype = model.embedding.weight.dtype
     num_blocks = _num_blocks(config, model.config, dtype, max_model_len)
     cache = KVCache.allocate(
@@ -103,13 +118,12 @@ def start_engine(config: EngineConfig, *, progress: bool = False) -> tuple[Engin
             config.block_size,
             checkpoint.eos_token_ids,
             device,
-            row_multiple=DETERMINISTIC_ROW_MULTIPLE if config.deterministic else 1,
+            padding=padding or RowPadding(),
         ),
     )
-    parameters = list(model.parameters())
     info = ModelInfo(
         family=model.config.family,
-        num_parameters=sum(p.numel() for p in parameters),
+        num_parameters=num_parameters,
         dtype=str(dtype).removeprefix("torch."),
         device=str(device),
         vocab_size=model.config.vocab_size,
@@ -123,11 +137,11 @@ def start_engine(config: EngineConfig, *, progress: bool = False) -> tuple[Engin
         block_size=config.block_size,
         num_blocks=num_blocks,
         kv_cache_bytes=cache.keys.nbytes + cache.values.nbytes,
-        weight_bytes=sum(p.nbytes for p in parameters),
+        weight_bytes=weight_bytes,
         load_s=time.monotonic() - began,
         torch_version=str(torch.__version__),
         threads=torch.get_num_threads(),
-        deterministic=config.deterministic,
+        deterministic=padding is not None,
         attention_backend=selection.name,
     )
     return core, info

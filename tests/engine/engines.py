@@ -10,6 +10,7 @@ import torch
 from model.backends.base import AttentionBackend
 from model.backends.cpu import CpuBackend
 from model.config import ModelConfig
+from model.cpu import RowPadding, choose_padding
 from model.kv_cache import KVCache
 from model.sampling_params import SamplingParams
 from model.transformer import Transformer
@@ -69,7 +70,14 @@ def make_core(
     limits = Limits(max_num_seqs, max_batched_tokens, config.max_positions)
     return EngineCore(
         Scheduler(limits, BlockPool(num_blocks, block_size)),
-        Runner(model, make_backend(config, cache), block_size, (EOS,), torch.device("cpu")),
+        Runner(
+            model,
+            make_backend(config, cache),
+            block_size,
+            (EOS,),
+            torch.device("cpu"),
+            padding=choose_padding(model) or RowPadding(),
+        ),
     )
 
 

@@ -14,6 +14,7 @@ from model.backends.base import AttentionBackend
 from model.backends.cpu import CpuBackend
 from model.backends.cpu_native import NativeCpuBackend
 from model.config import ModelConfig
+from model.cpu import optimise
 from model.kv_cache import KVCache
 from model.transformer import Transformer
 from service.engine.core import EngineCore
@@ -49,8 +50,10 @@ class Setup:
 
 
 def _setup(dtype: torch.dtype, *, native: bool) -> Setup:
-    if native:
-        return Setup(random_model(TINY_NATIVE).to(dtype), NativeCpuBackend.create, 16)
+    if native:  # as it is served: packed weights, compiled kernels
+        model = random_model(TINY_NATIVE).to(dtype)
+        assert optimise(model) == []
+        return Setup(model, NativeCpuBackend.create, 16)
     return Setup(random_model().to(dtype), CpuBackend, 8)
 
 

@@ -383,7 +383,9 @@ def test_as_many_alternatives_as_asked_and_no_more_than_there_are_tokens() -> No
     sampled = draw(logits, rows)
     assert sampled.logprobs is not None
     first, second, third = sampled.logprobs
-    assert first is not None and second is not None and third is not None
+    assert first is not None
+    assert second is not None
+    assert third is not None
     assert (first.token_id, first.rank, first.top) == (1, 1, ())
     assert [token for token, _ in second.top] == [0, 2]
     assert [token for token, _ in third.top] == [0, 1, 2]

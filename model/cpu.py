@@ -1,0 +1,108 @@
+"""Make a loaded model fast on the CPU: weights packed once, compiled kernels for what lies
+between the products; and find out which bits it can promise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.kernels import native
+from model.kernels.native import LANES, NativeKernelError
+from model.layers import RMSNorm, SwiGLUMLP
+from model.linear import Linear
+from model.transformer import Block, Transformer
+
+# Row counts whose results are compared with those among MANY_ROWS.
+MANY_ROWS = 67
+FEW_ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 17, 32, 33, 64)
+
+
+@dataclass(frozen=True, slots=True)
+class RowPadding:
+    """To how many rows a step's products are padded, so that a row's bits do not depend on
+    how many others there are."""
+
+    minimum: int = 1
+    multiple: int = 1
+
+    def padded(self, rows: int) -> int:
+        """The number of rows to run for `rows` wanted ones."""
+        return max(self.minimum, -(-rows // self.multiple) * self.multiple)
+
+
+# From nearly free to dearer. A single row is special to torch's reductions (the mean in a
+# norm) and, for some shapes, to oneDNN's products; MKL's float32 products treat the 1-3 rows
+# left over from fours differently.
+PADDINGS = (RowPadding(minimum=2), RowPadding(multiple=4))
+
+
+def optimise(model: Transformer) -> list[str]:
+    """Pack every weight and switch to compiled kernels where they can serve; in place.
+    Returns what could not be done and why, a line each."""
+    misses = []
+    dtype = model.embedding.weight.dtype
+    if dtype == torch.float16:
+        return ["weights stay unpacked: oneDNN has no fast float16 product on CPUs"]
+    for name, module in model.named_modules():
+        if isinstance(module, Linear):
+            try:
+                module.pack(keep_weight=module.weight is model.embedding.weight)
+            except (RuntimeError, AttributeError) as error:
+                reason = str(error).splitlines()[0]
+                misses.append(f"the weights of {name} and what follows are not packed: {reason}")
+                break
+    try:
+        kernels = native.load()
+    except NativeKernelError as error:
+        return [*misses, f"no compiled kernels: {error}"]
+    config = model.config
+    for module in model.modules():
+        # Query and key norms are part of the attention kernel.
+        if isinstance(module, RMSNorm) and module.weight.shape[0] == config.hidden_size:
+            module.native = kernels if config.hidden_size % LANES == 0 else None
+        elif isinstance(module, SwiGLUMLP):
+            module.native = kernels if config.intermediate_size % LANES == 0 else None
+    return misses
+
+
+@torch.inference_mode()
+def choose_padding(model: Transformer) -> RowPadding | None:
+    """The cheapest padding under which all that this model does to rows gives each the same
+    bits whatever their number, measured on this machine; None if there is none."""
+    functions = list(_row_functions(model))
+    for padding in PADDINGS:
+        if all(
+            _holds(function, width, model.embedding.weight, padding)
+            for function, width in functions
+        ):
+            return padding
+    return None
+
+
+def _row_functions(model: Transformer) -> Iterator[tuple[Callable[[Tensor], Tensor], int]]:
+    """What is done to rows outside attention, and how wide they are; all blocks are alike."""
+    hidden_size = model.config.hidden_size
+    block = model.blocks[0]
+    if not isinstance(block, Block):
+        raise TypeError(f"a transformer of {type(block).__name__}")
+    yield block.attention_norm, hidden_size
+    yield block.attention.qkv, hidden_size
+    yield block.attention.out, model.config.query_size
+    yield lambda rows: block.mlp(rows, rows), hidden_size
+    yield model.logits, hidden_size
+
+
+def _holds(
+    function: Callable[[Tensor], Tensor], width: int, like: Tensor, padding: RowPadding
+) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(MANY_ROWS + 1, width, generator=generator).to(like.dtype)
+    many = function(rows)
+    return all(
+        torch.equal(function(rows[: padding.padded(count)])[:count], many[:count])
+        for count in FEW_ROWS
+    )

@@ -1,0 +1,70 @@
+"""y = x W^T + b, the product that a step spends most of its time in.
+
+Plain, it is `torch.nn.functional.linear`. Packed (`Linear.pack`), the weight is laid out once
+for oneDNN, which reads it from memory 1.5-3 times as fast when there are few rows, and
+takes the activation or the residual after the product along (loadtests/NOTES.md).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+# Rows that oneDNN chooses the layout for. The layouts for 8 and for 512 rows are the same on
+# the processors measured; the one for 1 row gives it other bits than it has among others.
+PACKED_FOR_ROWS = 64
+
+
+class Linear(nn.Module):
+    """A weight (out_features, in_features) and perhaps a bias (out_features)."""
+
+    weight: Tensor
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        self.packed: Tensor | None = None
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as torch.nn.Linear does
+
+    def forward(
+        self, x: Float[Tensor, "rows in_features"], residual: Tensor | None = None
+    ) -> Float[Tensor, "rows out_features"]:
+        """The product, plus `residual` (rows, out_features) if there is one."""
+        if self.packed is not None:
+            if residual is None:
+                out: Tensor = _onednn()(x, self.packed, self.bias, "none", [], "")
+            else:
+                out = _onednn().binary(x, residual, self.packed, self.bias, "add")
+            return out
+        product = F.linear(x, self.weight, self.bias)
+        return product if residual is None else residual + product
+
+    def gelu(
+        self, x: Float[Tensor, "rows in_features"], approximate: Literal["none", "tanh"]
+    ) -> Float[Tensor, "rows out_features"]:
+        """GELU of the product."""
+        if self.packed is not None:
+            out: Tensor = _onednn()(x, self.packed, self.bias, "gelu", [], approximate)
+            return out
+        return F.gelu(F.linear(x, self.weight, self.bias), approximate=approximate)
+
+    def pack(self, *, keep_weight: bool) -> None:
+        """Lay the weight out for oneDNN; the plain one is dropped unless `keep_weight` (it
+        is the embedding too). Raises RuntimeError where oneDNN cannot take it."""
+        weight = self.weight.detach()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS)
+        if not keep_weight:
+            nothing = self.weight.new_empty(0, self.in_features)
+            self.weight = nn.Parameter(nothing, requires_grad=False)
+
+
+def _onednn() -> torch._ops.OpOverloadPacket:
+    packet: torch._ops.OpOverloadPacket = torch.ops.mkldnn._linear_pointwise
+    return packet
