@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from model.sampling import SampledTokens
 from service.engine.messages import EngineFinish, EngineStats, SequenceOutput, Submit, TokenLogprob
+from service.engine.profile import StepProfile
 from service.engine.runner import Runner
 from service.engine.scheduler import Scheduled, Scheduler
 from service.engine.sequence import Sequence
@@ -23,12 +24,11 @@ class EngineCore:
     scheduler: Scheduler
     runner: Runner
     sequences: dict[int, Sequence] = field(default_factory=dict)
+    last_step: StepProfile = field(default_factory=StepProfile)
     _refused: list[SequenceOutput] = field(default_factory=list)
     _steps: int = 0
     _prompt_tokens: int = 0
     _generated_tokens: int = 0
-    _step_s: float = 0.0
-    _step_tokens: int = 0
 
     @property
     def has_work(self) -> bool:
@@ -62,15 +62,18 @@ class EngineCore:
     def step(self) -> list[SequenceOutput]:
         """Run one step over what the scheduler chooses."""
         outputs, self._refused = self._refused, []
+        profile = self.last_step = StepProfile()
         began = time.monotonic()
         scheduled = self.scheduler.schedule()
+        profile.num_tokens = sum(item.num_tokens for item in scheduled)
+        profile.referenced_blocks = self.scheduler.pool.num_referenced
+        profile.schedule_s = time.monotonic() - began
         for item in scheduled:
             if item.sequence.started_at is None:
                 item.sequence.started_at = began
         outputs += self._run(scheduled)
         self._steps += 1
-        self._step_s = time.monotonic() - began
-        self._step_tokens = sum(item.num_tokens for item in scheduled)
+        profile.step_s = time.monotonic() - began
         return outputs
 
     def stats(self) -> EngineStats:
@@ -87,8 +90,8 @@ class EngineCore:
             steps=self._steps,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
-            step_s=self._step_s,
-            step_tokens=self._step_tokens,
+            step_s=self.last_step.step_s,
+            step_tokens=self.last_step.num_tokens,
         )
 
     def _refusal(self, request: Submit) -> str | None:
@@ -114,7 +117,7 @@ class EngineCore:
         if not scheduled:
             return []
         try:
-            sampled = self.runner.run(scheduled)
+            sampled = self.runner.run(scheduled, self.last_step)
         except Exception as error:  # noqa: BLE001 - whatever it is, it must cost one sequence only
             if len(scheduled) > 1:
                 return [output for item in scheduled for output in self._run([item])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from model.batch import ForwardBatch
 from model.cpu import RowPadding
 from model.sampling import SampledTokens, SamplingBatch, SamplingRow, sample
 from model.transformer import Transformer
+from service.engine.profile import StepProfile
 from service.engine.scheduler import Scheduled
 from service.engine.sequence import Sequence
 
@@ -31,19 +33,28 @@ class Runner:
     padding: RowPadding
 
     @torch.inference_mode()
-    def run(self, step: list[Scheduled]) -> SampledTokens:
+    def run(self, step: list[Scheduled], profile: StepProfile) -> SampledTokens:
         """One forward and one draw. Row i of the result belongs to the i-th item of `step`
-        that samples."""
+        that samples. The time each part took is added to `profile`."""
+        began = time.monotonic()
         batch = build_batch(step, self.block_size, self.padding, self.device)
-        hidden = self.model(batch.input_ids, batch.positions, self.backend.begin(batch))
+        attend = self.backend.begin(batch)
         rows = [_sampling_row(item.sequence) for item in step if item.samples]
-        if not rows:
-            return NOTHING_SAMPLED
-        logits = self.model.logits(hidden[batch.logits_rows])[: len(rows)]
         sampling = SamplingBatch.build(
             rows, self.model.config.vocab_size, self.device, self.eos_token_ids
         )
-        return sample(logits, sampling)
+        built = time.monotonic()
+        profile.build_s += built - began
+        hidden = self.model(batch.input_ids, batch.positions, attend)
+        if not rows:
+            profile.forward_s += time.monotonic() - built
+            return NOTHING_SAMPLED
+        logits = self.model.logits(hidden[batch.logits_rows])[: len(rows)]
+        forwarded = time.monotonic()
+        profile.forward_s += forwarded - built
+        sampled = sample(logits, sampling)
+        profile.sample_s += time.monotonic() - forwarded
+        return sampled
 
 
 def _sampling_row(sequence: Sequence) -> SamplingRow:

@@ -15,6 +15,7 @@ from model.checkpoint_files import read_checkpoint_info
 from model.config import ModelConfig
 from model.cpu import RowPadding
 from model.kv_cache import KVCache, bytes_per_block
+from model.transformer import Transformer
 from service.engine.blocks import BlockPool
 from service.engine.core import EngineCore
 from service.engine.messages import EngineConfig, ModelInfo
@@ -60,22 +61,28 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype | None:
     return DTYPES[name]
 
 
+def prepare(config: EngineConfig, trained_len: int) -> tuple[torch.device, int]:
+    """What is settled before there are weights: compute threads, the device, and the context
+    length in tokens. Raises `StartError`."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = choose_device(config.device)
+    max_model_len = config.max_model_len or trained_len
+    if max_model_len > trained_len:
+        raise StartError(
+            f"max-model-len {max_model_len} was asked for; the model was made for {trained_len}"
+        )
+    return device, max_model_len
+
+
 def start_engine(config: EngineConfig, *, progress: bool = False) -> tuple[EngineCore, ModelInfo]:
     """Load the checkpoint and allocate the KV cache.
 
     Raises `StartError` or `model.checkpoint.CheckpointError` with words for the operator.
     """
     began = time.monotonic()
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    device = choose_device(config.device)
     directory = Path(config.model_dir)
-    trained_len = read_checkpoint_info(directory).config.max_positions
-    max_model_len = config.max_model_len or trained_len
-    if max_model_len > trained_len:
-        raise StartError(
-            f"max-model-len {max_model_len} was asked for; the model was made for {trained_len}"
-        )
+    device, max_model_len = prepare(config, read_checkpoint_info(directory).config.max_positions)
     checkpoint = load_checkpoint(
         directory,
         device=device,
@@ -83,7 +90,17 @@ def start_engine(config: EngineConfig, *, progress: bool = False) -> tuple[Engin
         max_positions=max_model_len,
         progress=progress,
     )
-    model = checkpoint.model
+    return assemble(checkpoint.model, checkpoint.eos_token_ids, config, began=began)
+
+
+def assemble(
+    model: Transformer, eos_token_ids: tuple[int, ...], config: EngineConfig, *, began: float
+) -> tuple[EngineCore, ModelInfo]:
+    """The engine around a model that is on its device: kernels, padding, KV cache, books.
+
+    `began` is when loading did, in seconds of `time.monotonic()`. Raises `StartError`.
+    """
+    device, max_model_len = model.embedding.weight.device, model.max_positions
     num_parameters = sum(p.numel() for p in model.parameters())
     weight_bytes = sum(p.nbytes for p in model.parameters())
     padding: RowPadding | None = None
@@ -116,7 +133,7 @@ def start_engine(config: EngineConfig, *, progress: bool = False) -> tuple[Engin
             model,
             selection.backend,
             config.block_size,
-            checkpoint.eos_token_ids,
+            eos_token_ids,
             device,
             padding=padding or RowPadding(),
         ),
@@ -133,7 +150,7 @@ def start_engine(config: EngineConfig, *, progress: bool = False) -> tuple[Engin
         head_dim=model.config.head_dim,
         hidden_size=model.config.hidden_size,
         context_length=max_model_len,
-        eos_token_ids=list(checkpoint.eos_token_ids),
+        eos_token_ids=list(eos_token_ids),
         block_size=config.block_size,
         num_blocks=num_blocks,
         kv_cache_bytes=cache.keys.nbytes + cache.values.nbytes,

@@ -1,0 +1,29 @@
+"""Where the time of a step goes. Five readings of the clock, always on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class StepProfile:
+    """The engine's latest step. Times are seconds; on a GPU, `forward_s` is the time to
+    launch the kernels and `sample_s` holds the wait for them."""
+
+    num_tokens: int = 0  # computed: decodes and prompt chunks
+    referenced_blocks: int = 0  # at the step's height, before the finished gave theirs back
+    schedule_s: float = 0.0  # who runs, and blocks for them
+    build_s: float = 0.0  # batch and sampling parameters as tensors
+    forward_s: float = 0.0  # embedding to logits
+    sample_s: float = 0.0  # logits to tokens
+    step_s: float = 0.0  # all of it
+
+    @property
+    def host_s(self) -> float:
+        """What the engine adds to the model's own work."""
+        return self.step_s - self.forward_s - self.sample_s
+
+    @property
+    def book_s(self) -> float:
+        """The rest: tokens appended, ends found, outputs made."""
+        return self.host_s - self.schedule_s - self.build_s
