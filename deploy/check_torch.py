@@ -29,7 +29,8 @@ def has_gpu() -> bool:
     """Whether NVIDIA's driver answers."""
     if shutil.which("nvidia-smi") is None:
         return False
-    return subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0  # noqa: S603, S607
+    answer = subprocess.run(["nvidia-smi", "-L"], capture_output=True, check=False)  # noqa: S607
+    return answer.returncode == 0
 
 
 def cuda_packages(pip_arguments: list[str]) -> list[str]:
@@ -38,7 +39,7 @@ def cuda_packages(pip_arguments: list[str]) -> list[str]:
         *(sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--report", "-"),
         *("--constraint", "constraints.txt", *pip_arguments, "torch"),
     ]
-    answer = subprocess.run(command, capture_output=True, text=True)  # noqa: S603
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
     if answer.returncode:
         sys.exit(f"pip cannot resolve torch:\n{answer.stderr}")
     planned = [item["metadata"]["name"] for item in json.loads(answer.stdout)["install"]]

@@ -23,6 +23,9 @@ COMMANDS = {
 
 def main() -> int:
     """Entry point of the console script."""
+    # One prompt at a time is tokenized: a pool of threads for it would only take the cores
+    # from the engine.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(_help())

@@ -245,7 +245,7 @@ class EngineClient:
             "restarting": "the engine died and is being replaced",
             "stalled": f"the engine has not been heard for {self.heartbeat_age_s:.1f} s",
             "draining": "the server is shutting down",
-            "failed": f"the engine cannot start: {self._failure}",
+            "failed": "the engine cannot start; the server's log says why",
         }.get(self.state, "")
 
     def submit(self, requests: list[SequenceRequest]) -> list[TokenStream]:

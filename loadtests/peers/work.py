@@ -8,11 +8,12 @@ import json
 import random
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 What = Literal["decode", "prefill", "http"]
+WARM_UP_TOKENS = 8
 
 
 class PeerError(Exception):
@@ -66,7 +67,6 @@ class Measurement:
     itl_p50_ms: float | None = None
     itl_p99_ms: float | None = None
     first_ids: tuple[int, ...] = ()  # of the first sequence: is it the same work?
-    others_cpu: float | None = None  # cores that other processes used meanwhile
 
     @classmethod
     def from_json(cls, text: str) -> Measurement:
@@ -120,6 +120,15 @@ def require_tokens(counts: Iterable[int], wanted: int) -> None:
     wrong = sorted({count for count in counts if count != wanted})
     if wrong:
         raise PeerError(f"sequences of {wrong} tokens instead of {wanted}: not the same work")
+
+
+def warmed(
+    work: Work, run: Callable[[list[list[int]], int], Measurement]
+) -> Iterator[Measurement]:
+    """`run(prompts, output_tokens)` once briefly and once in full for every batch size."""
+    for batch in work.batches:
+        run(work.prompts(batch, salt=0), min(WARM_UP_TOKENS, work.output_tokens))
+        yield run(work.prompts(batch, salt=1), work.output_tokens)
 
 
 def serve_work(measure: Callable[[Work], Iterable[Measurement]]) -> None:

@@ -30,9 +30,7 @@ def create_app(
 ) -> FastAPI:
     """The ASGI application; importing and making it loads no model.
 
-    `tokenizer` returns None while it is being loaded. `app.state.context` is the `ApiContext`:
-    at the end of the grace time of a shutdown, `context.generations.cancel_all()` ends what
-    is left with `finish_reason: "cancelled"`.
+    `tokenizer` returns None while it is being loaded. `app.state.context` is the `ApiContext`.
     """
     metrics = Metrics()
     metrics.watch_engine(lambda: engine.stats)

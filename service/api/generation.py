@@ -182,7 +182,7 @@ class Generation:
 
 
 class ActiveGenerations:
-    """All requests in flight: the door into the engine, and the way to end them all."""
+    """All requests in flight, and the door into the engine."""
 
     def __init__(self, engine: Engine, metrics: Metrics) -> None:
         self.metrics = metrics
@@ -219,11 +219,6 @@ class ActiveGenerations:
     def forget(self, generation: Generation) -> None:
         """It has ended."""
         self._active.discard(generation)
-
-    def cancel_all(self) -> None:
-        """End every request with `finish_reason: "cancelled"`: the grace time is over."""
-        for generation in list(self._active):
-            generation.end("cancelled")
 
     def __len__(self) -> int:
         return len(self._active)

@@ -373,12 +373,13 @@ async def test_a_client_that_stopped_reading_and_goes_away_cancels(house: Houses
     h.check_balance()
 
 
-async def test_the_grace_time_is_over(house: Houses) -> None:
+async def test_what_the_client_of_the_engine_ends_as_cancelled_is_told_so(house: Houses) -> None:
     h = house()
     streamed = h.exchange({"prompt": "a", "n": 2})
     whole = h.exchange({"prompt": "a", "stream": False})
     await streamed.until(lambda: len(h.engine.streams) == 3 and len(h.context.generations) == 2)
-    h.context.generations.cancel_all()
+    for stream in h.engine.streams:
+        stream.give(finish="cancelled")
     events = await streamed.finish()
     check_stream(events, events[0].json["id"])
     assert {done["finish_reason"] for done in of_type(events, "done")} == {"cancelled"}

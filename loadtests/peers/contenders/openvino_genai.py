@@ -14,9 +14,8 @@ import numpy
 import openvino
 import openvino_genai
 
-from loadtests.peers.contenders.warm_up import warmed
 from loadtests.peers.folder import Folder
-from loadtests.peers.work import Measurement, Work, from_stamps, require_tokens, serve_work
+from loadtests.peers.work import Measurement, Work, from_stamps, require_tokens, serve_work, warmed
 
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 CACHE_GB = 2

@@ -13,8 +13,7 @@ import transformers
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
 from loadtests.peers.contenders.transformers_generate import DTYPES
-from loadtests.peers.contenders.warm_up import warmed
-from loadtests.peers.work import Measurement, Work, from_stamps, require_tokens, serve_work
+from loadtests.peers.work import Measurement, Work, from_stamps, require_tokens, serve_work, warmed
 
 
 def measure(work: Work) -> Iterator[Measurement]:

@@ -9,8 +9,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
-from loadtests.peers.contenders.warm_up import warmed
-from loadtests.peers.work import Measurement, Work, from_stamps, require_tokens, serve_work
+from loadtests.peers.work import Measurement, Work, from_stamps, require_tokens, serve_work, warmed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import os
 import time
 from collections.abc import Iterator
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as `vitrine serve` starts its engine
-
-from loadtests.peers.contenders.warm_up import warmed
-from loadtests.peers.work import Measurement, PeerError, Work, from_stamps, serve_work
+from loadtests.peers.work import Measurement, PeerError, Work, from_stamps, serve_work, warmed
 from model.sampling_params import GREEDY, SamplingParams
 from service.engine.core import EngineCore
 from service.engine.messages import EngineConfig, Submit
