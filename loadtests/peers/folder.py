@@ -32,7 +32,14 @@ class Folder:
 
     @property
     def llamacpp_sources(self) -> Path:
-        return self.root / "llama-cpp-python"
+        """The unpacked source package of llama-cpp-python."""
+        return self.root / "sdist"
+
+    @property
+    def llamacpp_vendored(self) -> Path:
+        """llama.cpp inside it."""
+        found = sorted(self.llamacpp_sources.glob("*/vendor/llama.cpp"))
+        return found[0] if found else self.llamacpp_sources
 
     @property
     def llamacpp_build(self) -> Path:

@@ -30,7 +30,7 @@ class Shape:
 
     def checkpoint(self, folder: Path) -> Path:
         """Where its checkpoint lies, once prepared."""
-        return self.bundled or folder / "checkpoints" / self.name
+        return folder / "checkpoints" / self.name
 
 
 def _shapes() -> dict[str, Shape]:
