@@ -86,9 +86,7 @@ def _steps(
         yield Step("venv", folder.python, tools.venv)
     if "llamacpp" in peers:
         yield Step("llamacpp tools", tools.mark("llamacpp"), tools.install, ("venv",))
-        yield Step(
-            "llamacpp sources", folder.llamacpp_sources, tools.unpack, ("llamacpp tools",)
-        )
+        yield Step("llamacpp sources", folder.llamacpp_sources, tools.unpack, ("llamacpp tools",))
         for program in LLAMACPP_PROGRAMS:
             target = folder.llamacpp_program(program)
             yield Step(f"llamacpp {program}", target, tools.build, ("llamacpp sources",))

@@ -55,7 +55,8 @@ async def _read_one(url: str, body: Json, understand: Callable[[Json], Seen]) ->
         writer.write(
             f"POST {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\n"
             "Content-Type: application/json\r\nAccept: text/event-stream\r\n"
-            f"Content-Length: {len(payload)}\r\nConnection: close\r\n\r\n".encode() + payload
+            f"Content-Length: {len(payload)}\r\nConnection: close\r\n\r\n".encode()
+            + payload
         )
         status, *_ = (await reader.readuntil(b"\r\n\r\n")).split(b"\r\n", 1)
         if status.split(b" ")[1] != b"200":

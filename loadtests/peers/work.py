@@ -4,6 +4,7 @@ because it is read by interpreters that have nothing of ours installed.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import statistics
@@ -96,7 +97,7 @@ def from_stamps(
     prefilled = max(of_one[0] for of_one in stamps)
     ended = max(of_one[-1] for of_one in stamps)
     after = sum(stamp > prefilled for of_one in stamps for stamp in of_one)
-    gaps = [1e3 * (b - a) for of_one in stamps for a, b in zip(of_one, of_one[1:], strict=False)]
+    gaps = [1e3 * (b - a) for of_one in stamps for a, b in itertools.pairwise(of_one)]
     return Measurement(
         batch=batch,
         decode_tokens_per_s=after / (ended - prefilled) if after and all_visible else None,
@@ -122,9 +123,7 @@ def require_tokens(counts: Iterable[int], wanted: int) -> None:
         raise PeerError(f"sequences of {wrong} tokens instead of {wanted}: not the same work")
 
 
-def warmed(
-    work: Work, run: Callable[[list[list[int]], int], Measurement]
-) -> Iterator[Measurement]:
+def warmed(work: Work, run: Callable[[list[list[int]], int], Measurement]) -> Iterator[Measurement]:
     """`run(prompts, output_tokens)` once briefly and once in full for every batch size."""
     for batch in work.batches:
         run(work.prompts(batch, salt=0), min(WARM_UP_TOKENS, work.output_tokens))

@@ -39,6 +39,25 @@ TINY = ModelConfig(
 # What the compiled kernel takes: heads of a multiple of 16.
 TINY_NATIVE = replace(TINY, num_heads=3, num_kv_heads=1, head_dim=16, qk_norm=True)
 
+# LayerNorm, GELU, biases and learned positions take other code than the above.
+TINY_GPT2 = ModelConfig(
+    vocab_size=VOCAB_SIZE,
+    hidden_size=48,
+    num_layers=2,
+    num_heads=3,
+    num_kv_heads=3,
+    head_dim=16,
+    intermediate_size=192,
+    max_positions=256,
+    norm="layernorm",
+    mlp="gelu_tanh",
+    position="learned",
+    qkv_bias=True,
+    attention_out_bias=True,
+    mlp_bias=True,
+    tie_embeddings=True,
+)
+
 
 def random_model(config: ModelConfig = TINY, seed: int = 0) -> Transformer:
     """Weights large enough that the next token depends on the whole context."""

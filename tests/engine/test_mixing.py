@@ -20,6 +20,7 @@ from model.transformer import Transformer
 from service.engine.core import EngineCore
 from service.engine.messages import Submit
 from tests.engine.engines import (
+    TINY_GPT2,
     TINY_NATIVE,
     VOCAB_SIZE,
     Result,
@@ -49,18 +50,30 @@ class Setup:
         )
 
 
-def _setup(dtype: torch.dtype, *, native: bool) -> Setup:
-    if native:  # as it is served: packed weights, compiled kernels
-        model = random_model(TINY_NATIVE).to(dtype)
-        assert optimise(model) == []
-        return Setup(model, NativeCpuBackend.create, 16)
-    return Setup(random_model().to(dtype), CpuBackend, 8)
+def plain_setup() -> Setup:
+    """What serves where nothing can be packed or compiled."""
+    return Setup(random_model(), CpuBackend, 8)
 
 
-@pytest.fixture(scope="module", params=["torch fp32", "torch bf16", "native fp32", "native bf16"])
+def served_setup(config: ModelConfig, dtype: torch.dtype) -> Setup:
+    """As it is served: packed weights, compiled kernels."""
+    model = random_model(config).to(dtype)
+    assert optimise(model) == []
+    return Setup(model, NativeCpuBackend.create, 16)
+
+
+SETUPS: dict[str, Callable[[], Setup]] = {
+    "torch fp32": plain_setup,
+    "torch bf16": lambda: Setup(random_model().to(torch.bfloat16), CpuBackend, 8),
+    "native fp32": lambda: served_setup(TINY_NATIVE, torch.float32),
+    "native bf16": lambda: served_setup(TINY_NATIVE, torch.bfloat16),
+    "gpt2 fp32": lambda: served_setup(TINY_GPT2, torch.float32),
+}
+
+
+@pytest.fixture(scope="module", params=SETUPS)
 def setup(request: pytest.FixtureRequest) -> Setup:
-    kind, dtype = request.param.split()
-    return _setup(torch.float32 if dtype == "fp32" else torch.bfloat16, native=kind == "native")
+    return SETUPS[request.param]()
 
 
 def random_requests(count: int, seed: int) -> list[Submit]:
@@ -159,7 +172,7 @@ def test_an_exception_costs_only_the_sequence_that_causes_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The forward raises whenever the poisoned token is in the batch."""
-    setup = _setup(torch.float32, native=False)
+    setup = plain_setup()
     model = setup.model
     requests = random_requests(8, seed=5)
     expected = {request.id: alone(setup, request) for request in requests}
@@ -189,7 +202,7 @@ def replace_prompt(request: Submit, prompt: list[int]) -> Submit:
 
 
 def test_logits_that_are_not_finite_end_their_sequence_only() -> None:
-    setup = _setup(torch.float32, native=False)
+    setup = plain_setup()
     model = setup.model
     model.embedding.weight[7] = float("nan")
     good, bad = submit(1, [1, 2, 3], max_tokens=3), submit(2, [7, 2], max_tokens=3)
@@ -227,7 +240,7 @@ def test_abort_frees_blocks_before_the_next_step() -> None:
 
 
 def test_stop_ids_end_of_text_and_min_tokens() -> None:
-    setup = _setup(torch.float32, native=False)
+    setup = plain_setup()
     free = alone(setup, submit(1, [5, 6], max_tokens=12, temperature=0.0, ignore_eos=True))
     third = free.token_ids[2]
     first_at = free.token_ids.index(third)

@@ -97,9 +97,10 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
             raise KeyboardInterrupt
         return original(model, windows)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "batch_loss", interrupting)
+    monkeypatch.setattr(loop, "batch_loss", interrupting)
+    with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "interrupted", recipe, save_every=8)
+    monkeypatch.setattr(loop, "batch_loss", original)
     resumed = run(tmp_path / "interrupted", recipe, save_every=100)
     for name, parameter in resumed.state_dict().items():
         assert torch.equal(parameter, whole.state_dict()[name]), name

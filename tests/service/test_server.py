@@ -117,9 +117,13 @@ def test_a_stream_outlives_the_death_of_the_engine(tmp_path: Path) -> None:
 def test_a_client_that_goes_away_frees_its_blocks(server: Server) -> None:
     with httpx2.stream("POST", f"{server.url}/generate", json=STORY | {"max_tokens": 450}) as got:
         next(got.iter_lines())
+    wait_until_nothing_in_flight(server)
+
+
+def wait_until_nothing_in_flight(server: Server) -> None:
     deadline = time.monotonic() + 5
     while gauge(server, "vitrine_requests_in_flight") > 0:
-        assert time.monotonic() < deadline, "still in flight 5 s after its client left"
+        assert time.monotonic() < deadline, "still in flight after 5 s"
         time.sleep(0.02)
 
 
@@ -149,3 +153,35 @@ def test_what_cannot_start_says_so_in_one_line(
         lines = server.log.read_text()
         assert message in lines.splitlines()[-1]
         assert "Traceback" not in lines
+
+
+def test_every_request_is_counted_once_whatever_becomes_of_it(server: Server) -> None:
+    """Law 1: accepted = finished + aborted + failed + in flight, over all ways to end."""
+    before = counts(server)
+    list(server.events(STORY | {"max_tokens": 5}))
+    server.generate(STORY | {"max_tokens": 5, "n": 3})
+    with httpx2.stream("POST", f"{server.url}/generate", json=STORY | {"max_tokens": 450}) as got:
+        next(got.iter_lines())
+    timed_out = server.generate(STORY | {"max_tokens": 450, "timeout_s": 0.05})
+    assert timed_out["choices"][0]["finish_reason"] == "timeout"  # type: ignore[index]
+    refused = httpx2.post(f"{server.url}/generate", json=STORY | {"max_tokens": 10_000})
+    assert refused.status_code == 422
+    wait_until_nothing_in_flight(server)
+    after = counts(server)
+    gone = {name: after[name] - before[name] for name in after}
+    assert gone == {"accepted": 4, "finished": 3, "aborted": 1, "failed": 0}
+    blocks = {
+        state: gauge(server, f'vitrine_kv_blocks{{state="{state}"}}')
+        for state in ("free", "referenced", "cached")
+    }
+    assert sum(blocks.values()) == gauge(server, "vitrine_kv_blocks_total")
+
+
+def counts(server: Server) -> dict[str, float]:
+    """How many requests were accepted, and how many ended in each way."""
+    totals = dict.fromkeys(("accepted", "finished", "aborted", "failed"), 0.0)
+    for line in httpx2.get(f"{server.url}/metrics").text.splitlines():
+        for name in totals:
+            if line.startswith(f"vitrine_requests_{name}_total"):
+                totals[name] += float(line.split()[-1])
+    return totals

@@ -1,0 +1,2 @@
+"""The offline engine benchmark behind `vitrine bench`: the engine alone, without HTTP,
+processes or text."""

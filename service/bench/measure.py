@@ -1,0 +1,114 @@
+"""Drive the engine through a workload and write down every step and every token.
+
+Nothing is computed while the engine runs; results.py does that from the record.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+from service.bench.machine import CpuWatch
+from service.bench.workload import Arrival, Workload, make_arrivals, shared_prefix
+from service.commands import CommandError
+from service.engine.core import EngineCore
+from service.engine.messages import Submit
+from service.engine.profile import StepProfile
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """One request; times are seconds after the run began."""
+
+    prompt_len: int
+    arrives_s: float
+    token_times_s: list[float] = field(default_factory=list)
+    cached_prompt_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One step: its profile, the prompt tokens it computed, and the context lengths of the
+    sequences that got a token from it."""
+
+    profile: StepProfile
+    num_prompt_tokens: int
+    contexts: tuple[int, ...]
+
+    @property
+    def is_decode(self) -> bool:
+        """Each of its tokens gave a sequence its next one: no prompts, nothing recomputed."""
+        return self.num_prompt_tokens == 0 and self.profile.num_tokens == len(self.contexts)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A workload gone through once."""
+
+    requests: list[RequestRecord]
+    steps: list[StepRecord]
+    elapsed_s: float
+    preemptions: int
+    foreign_cores: float | None  # processors that others kept busy meanwhile; None: unknown
+
+
+def run_workload(core: EngineCore, workload: Workload, repeat: int) -> Run:
+    """One repeat. A shared prefix is in the cache when it begins, as a system prompt is on a
+    server that has been running. Raises `CommandError` when the engine refuses a request."""
+    vocab_size = core.runner.model.config.vocab_size
+    arrivals = make_arrivals(workload, vocab_size, repeat)
+    if workload.shared_prefix_len:
+        prefix = shared_prefix(workload, vocab_size, repeat)
+        params = arrivals[0].request.sampling
+        core.add(Submit(-1, prefix, params))
+        while core.has_work:
+            for output in core.step():
+                if output.error is not None:
+                    raise CommandError(output.error)
+                core.abort(-1)
+    return drive(core, arrivals, workload.batch)
+
+
+def drive(core: EngineCore, arrivals: list[Arrival], batch: int) -> Run:
+    """Add requests as they arrive, at most `batch` of them at a time, and step to the end."""
+    waiting = deque(arrivals)
+    requests = {
+        item.request.id: RequestRecord(len(item.request.prompt_token_ids), item.arrives_s)
+        for item in arrivals
+    }
+    steps: list[StepRecord] = []
+    in_flight = 0
+    preemptions, prompt_tokens = core.scheduler.num_preemptions, core.stats().prompt_tokens
+    watch = CpuWatch()
+    began = time.perf_counter()
+    while waiting or core.has_work:
+        now_s = time.perf_counter() - began
+        while waiting and in_flight < batch and waiting[0].arrives_s <= now_s:
+            core.add(waiting.popleft().request)
+            in_flight += 1
+        if not core.has_work:
+            time.sleep(max(0.0, waiting[0].arrives_s - (time.perf_counter() - began)))
+            continue
+        outputs = core.step()
+        now_s = time.perf_counter() - began
+        contexts = []
+        for output in outputs:
+            if output.error is not None:
+                raise CommandError(output.error)
+            record = requests[output.id]
+            contexts.append(record.prompt_len + len(record.token_times_s))
+            record.token_times_s += [now_s] * len(output.token_ids)
+            record.cached_prompt_tokens = output.cached_prompt_tokens
+            in_flight -= output.finish_reason is not None
+        total = core.stats().prompt_tokens
+        steps.append(StepRecord(core.last_step, total - prompt_tokens, tuple(contexts)))
+        prompt_tokens = total
+    elapsed_s = time.perf_counter() - began
+    return Run(
+        requests=list(requests.values()),
+        steps=steps,
+        elapsed_s=elapsed_s,
+        preemptions=core.scheduler.num_preemptions - preemptions,
+        foreign_cores=watch.foreign_cores(),
+    )
