@@ -43,30 +43,37 @@ PADDINGS = (RowPadding(minimum=2), RowPadding(multiple=4))
 def optimise(model: Transformer) -> list[str]:
     """Pack every weight and switch to compiled kernels where they can serve; in place.
     Returns what could not be done and why, a line each."""
-    misses = []
-    dtype = model.embedding.weight.dtype
-    if dtype == torch.float16:
-        return ["weights stay unpacked: oneDNN has no fast float16 product on CPUs"]
+    return [miss for miss in (pack_weights(model), use_compiled_kernels(model)) if miss]
+
+
+def pack_weights(model: Transformer) -> str | None:
+    """Lay every weight out for oneDNN; why not, if it cannot take them."""
+    if model.embedding.weight.dtype == torch.float16:
+        return "weights are not packed: oneDNN has no fast float16 product on CPUs"
     for name, module in model.named_modules():
         if isinstance(module, Linear):
             try:
                 module.pack(keep_weight=module.weight is model.embedding.weight)
             except (RuntimeError, AttributeError) as error:
                 reason = str(error).splitlines()[0]
-                misses.append(f"the weights of {name} and what follows are not packed: {reason}")
-                break
+                return f"the weights of {name} and what follows are not packed: {reason}"
+    return None
+
+
+def use_compiled_kernels(model: Transformer) -> str | None:
+    """Let norms and SwiGLU run compiled where their sizes allow; why not, if there are no
+    compiled kernels. (Query and key norms are part of the attention kernel.)"""
     try:
         kernels = native.load()
     except NativeKernelError as error:
-        return [*misses, f"no compiled kernels: {error}"]
+        return f"no compiled kernels: {error}"
     config = model.config
     for module in model.modules():
-        # Query and key norms are part of the attention kernel.
         if isinstance(module, RMSNorm) and module.weight.shape[0] == config.hidden_size:
             module.native = kernels if config.hidden_size % LANES == 0 else None
         elif isinstance(module, SwiGLUMLP):
             module.native = kernels if config.intermediate_size % LANES == 0 else None
-    return misses
+    return None
 
 
 @torch.inference_mode()

@@ -17,6 +17,7 @@ from service.settings import SettingsError
 COMMANDS = {
     "serve": "serve a model over HTTP: POST /generate, server-sent events",
     "generate": "continue a text in the terminal, without a server",
+    "bench": "measure the engine's speed, memory and distance from what the machine can do",
     "inspect": "print a model's architecture, parameters and bytes, without loading weights",
 }
 

@@ -17,6 +17,7 @@ from loadtests.peers.report import save, show
 from loadtests.peers.shapes import SHAPES
 from loadtests.peers.work import Work
 
+PAGE_WIDTH = 110  # of tables that go to a file
 RESULTS = Path(__file__).parents[1] / "results"
 
 
@@ -53,6 +54,8 @@ def _run(arguments: argparse.Namespace, folder: Folder) -> int:
         seed=arguments.seed,
     )
     console = Console()
+    if not console.is_terminal:
+        console.width = PAGE_WIDTH
     progress = Console(stderr=True)
     comparison = compare(
         columns(arguments.what, arguments.contenders),

@@ -140,6 +140,9 @@ class _Tools:
         pin.write_text(f"torch=={torch}\n")
         packages = REQUIREMENTS[target.stem]
         self.pip("install", "-c", str(pin), f"torch=={torch}", "numpy", *packages)
+        # It may come with the converters, made for another build of torch, and is not needed;
+        # where it cannot be imported, neither can transformers.
+        self.pip("uninstall", "-y", "torchvision")
         target.touch()
 
     def pip(self, *arguments: str) -> None:

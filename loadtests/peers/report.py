@@ -22,7 +22,7 @@ from loadtests.peers.work import Measurement
 
 Pick = Callable[[Measurement], float | None]
 
-# What is shown for each kind of work: title, value, whether more is better.
+# What is shown for each kind of work; of all of these more is better.
 RATES: dict[str, list[tuple[str, Pick]]] = {
     "decode": [
         ("decode tokens/s", lambda m: m.decode_tokens_per_s),
@@ -44,8 +44,8 @@ def show(comparison: Comparison, console: Console) -> None:
     work = comparison.work
     for title, pick in RATES[work.what]:
         console.print(_table(comparison, title, pick))
-    if len(work.batches) and (others := _same_ids(comparison)):
-        console.print(others)
+    if same := _same_ids(comparison):
+        console.print(same)
     for name, reason in comparison.missing.items():
         console.print(f"missing from {name}: {reason}", markup=False)
     disturbed = [o for o in comparison.outcomes if (o.others_cores or 0) > DISTURBED_CORES]
@@ -100,7 +100,7 @@ def _table(comparison: Comparison, title: str, pick: Pick) -> Table:
     work = comparison.work
     table = Table(
         title=f"{work.shape} {work.dtype}, {work.prompt_tokens} + {work.output_tokens} tokens: "
-        f"{title}, median [min-max]",
+        f"{title}, median \\[min-max]",
     )
     table.add_column("batch", justify="right")
     table.add_column("contender")

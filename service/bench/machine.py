@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 import sys
 import time
 from dataclasses import dataclass
@@ -75,6 +74,8 @@ def peak_memory_bytes() -> int:
     for line in _lines(STATUS):
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
+    import resource  # not on every system
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -9,12 +9,16 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
+from model.sampling_params import SamplingParams
 from service.bench.machine import CpuWatch
 from service.bench.workload import Arrival, Workload, make_arrivals, shared_prefix
-from service.commands import CommandError
 from service.engine.core import EngineCore
-from service.engine.messages import Submit
+from service.engine.messages import SequenceOutput, Submit
 from service.engine.profile import StepProfile
+
+
+class WorkloadError(Exception):
+    """The engine refused or failed a request; the message says why."""
 
 
 @dataclass(slots=True)
@@ -55,18 +59,14 @@ class Run:
 
 def run_workload(core: EngineCore, workload: Workload, repeat: int) -> Run:
     """One repeat. A shared prefix is in the cache when it begins, as a system prompt is on a
-    server that has been running. Raises `CommandError` when the engine refuses a request."""
+    server that has been running. Raises `WorkloadError`."""
     vocab_size = core.runner.model.config.vocab_size
     arrivals = make_arrivals(workload, vocab_size, repeat)
     if workload.shared_prefix_len:
         prefix = shared_prefix(workload, vocab_size, repeat)
-        params = arrivals[0].request.sampling
-        core.add(Submit(-1, prefix, params))
+        core.add(Submit(-1, prefix, SamplingParams(max_tokens=1)))
         while core.has_work:
-            for output in core.step():
-                if output.error is not None:
-                    raise CommandError(output.error)
-                core.abort(-1)
+            _check(core.step())
     return drive(core, arrivals, workload.batch)
 
 
@@ -93,9 +93,7 @@ def drive(core: EngineCore, arrivals: list[Arrival], batch: int) -> Run:
         outputs = core.step()
         now_s = time.perf_counter() - began
         contexts = []
-        for output in outputs:
-            if output.error is not None:
-                raise CommandError(output.error)
+        for output in _check(outputs):
             record = requests[output.id]
             contexts.append(record.prompt_len + len(record.token_times_s))
             record.token_times_s += [now_s] * len(output.token_ids)
@@ -112,3 +110,10 @@ def drive(core: EngineCore, arrivals: list[Arrival], batch: int) -> Run:
         preemptions=core.scheduler.num_preemptions - preemptions,
         foreign_cores=watch.foreign_cores(),
     )
+
+
+def _check(outputs: list[SequenceOutput]) -> list[SequenceOutput]:
+    for output in outputs:
+        if output.error is not None:
+            raise WorkloadError(output.error)
+    return outputs

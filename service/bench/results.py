@@ -7,8 +7,9 @@ tokens of a request; TPOT, a request's mean gap; E2EL, from arrival to the last 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -74,15 +75,11 @@ class Measurement:
     @classmethod
     def of(cls, workload: Workload, repeats: Sequence[Result]) -> Measurement:
         """Medians of each number by itself."""
-        columns = {
-            name: [getattr(result, name) for result in repeats]
-            for name in (f.name for f in fields(Result))
+        medians: dict[str, Any] = {
+            field.name: _median([getattr(result, field.name) for result in repeats])
+            for field in fields(Result)
         }
-        return cls(
-            workload,
-            Result(**{name: _median(column) for name, column in columns.items()}),
-            tuple(repeats),
-        )
+        return cls(workload, Result(**medians), tuple(repeats))
 
 
 def summarize(run: Run, traffic: Traffic, roofline: Roofline) -> Result:
@@ -99,12 +96,12 @@ def summarize(run: Run, traffic: Traffic, roofline: Roofline) -> Result:
         ],
         "e2el": [r.token_times_s[-1] - r.arrives_s for r in run.requests],
     }
-    percentiles = {
+    percentiles: dict[str, Any] = {
         f"{name}_p{percent}_s": _percentile(values, percent)
         for name, values in parts.items()
         for percent in (50, 90, 99)
     }
-    times = {
+    times: dict[str, Any] = {
         f"{name}_s": _median([getattr(step.profile, f"{name}_s") for step in decodes])
         for name in ("step", "schedule", "build", "forward", "sample", "book", "host")
     }
@@ -126,7 +123,7 @@ def summarize(run: Run, traffic: Traffic, roofline: Roofline) -> Result:
 
 def _decode_rates(
     decodes: list[StepRecord], traffic: Traffic, roofline: Roofline
-) -> dict[str, float | None]:
+) -> dict[str, Any]:
     names = ("tokens_per_s", "batch", "bytes_per_s", "flops_per_s", "roof_s", "roof_share")
     if not decodes:
         return dict.fromkeys((f"decode_{name}" for name in names), None)
@@ -145,7 +142,7 @@ def _decode_rates(
     return {f"decode_{name}": value for name, value in zip(names, values, strict=True)}
 
 
-def _prefill_rates(run: Run, traffic: Traffic, roofline: Roofline) -> dict[str, float | None]:
+def _prefill_rates(run: Run, traffic: Traffic, roofline: Roofline) -> dict[str, Any]:
     """Decodes that ride along in these steps are not counted, nor is what a preemption made
     to be computed again: the operations are those of each prompt once."""
     steps = [step for step in run.steps if step.num_prompt_tokens]
