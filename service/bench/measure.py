@@ -57,13 +57,14 @@ class Run:
     foreign_cores: float | None  # processors that others kept busy meanwhile; None: unknown
 
 
-def run_workload(core: EngineCore, workload: Workload, repeat: int) -> Run:
-    """One repeat. A shared prefix is in the cache when it begins, as a system prompt is on a
-    server that has been running. Raises `WorkloadError`."""
+def run_workload(core: EngineCore, workload: Workload, number: int) -> Run:
+    """One run; its `number` gives it prompts of its own. A shared prefix is in the cache
+    when it begins, as a system prompt is on a server that has been running. Raises
+    `WorkloadError`."""
     vocab_size = core.runner.model.config.vocab_size
-    arrivals = make_arrivals(workload, vocab_size, repeat)
+    arrivals = make_arrivals(workload, vocab_size, number)
     if workload.shared_prefix_len:
-        prefix = shared_prefix(workload, vocab_size, repeat)
+        prefix = shared_prefix(workload, vocab_size, number)
         core.add(Submit(-1, prefix, SamplingParams(max_tokens=1)))
         while core.has_work:
             _check(core.step())

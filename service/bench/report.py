@@ -77,11 +77,6 @@ def _number(name: str, scale: float = 1.0, digits: int = 0) -> Cell:
     return lambda result: _format(getattr(result, name), scale, digits)
 
 
-def _percentiles(name: str, scale: float, digits: int) -> Cell:
-    names = [f"{name}_p{percent}_s" for percent in (50, 90, 99)]
-    return lambda r: " / ".join(_format(getattr(r, name), scale, digits) for name in names)
-
-
 def _format(value: float | None, scale: float, digits: int) -> str:
     return "-" if value is None else f"{value * scale:,.{digits}f}"
 
@@ -92,9 +87,12 @@ ROWS: tuple[tuple[str, Cell] | None, ...] = (
     ("end to end, tokens/s", _number("output_tokens_per_s")),
     ("prefill, tokens/s", _number("prefill_tokens_per_s")),
     None,
-    ("TTFT p50 / p90 / p99, ms", _percentiles("ttft", 1e3, 1)),
-    ("ITL p50 / p90 / p99, ms", _percentiles("itl", 1e3, 2)),
-    ("TPOT p50 / p90 / p99, ms", _percentiles("tpot", 1e3, 2)),
+    ("TTFT p50, ms", _number("ttft_p50_s", 1e3, 1)),
+    ("     p90", _number("ttft_p90_s", 1e3, 1)),
+    ("     p99", _number("ttft_p99_s", 1e3, 1)),
+    ("ITL  p50, ms", _number("itl_p50_s", 1e3, 2)),
+    ("     p90", _number("itl_p90_s", 1e3, 2)),
+    ("     p99", _number("itl_p99_s", 1e3, 2)),
     None,
     ("a decode step, ms", _number("step_s", 1e3, 3)),
     ("  forward", _number("forward_s", 1e3, 3)),
@@ -113,7 +111,7 @@ ROWS: tuple[tuple[str, Cell] | None, ...] = (
     ("KV blocks at the peak", _number("peak_blocks")),
     ("preemptions", _number("preemptions")),
     ("prompt tokens from the cache", _number("cached_prompt_tokens")),
-    ("processors kept busy by others", _number("foreign_cores", 1, 2)),
+    ("cores kept busy by others", _number("foreign_cores", 1, 2)),
 )
 
 
@@ -127,7 +125,7 @@ def _table(report: Report) -> Table:
     )
     table.add_column("batch", no_wrap=True)
     for measurement in report.measurements:
-        table.add_column(str(measurement.workload.batch), justify="right", no_wrap=True)
+        table.add_column(str(measurement.workload.batch), justify="right", overflow="fold")
     for row in ROWS:
         if row is None:
             table.add_section()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -159,7 +160,7 @@ def _prefill_rates(run: Run, traffic: Traffic, roofline: Roofline) -> dict[str, 
 
 
 def _gaps(times_s: list[float]) -> list[float]:
-    return [later - earlier for earlier, later in zip(times_s, times_s[1:], strict=False)]
+    return [later - earlier for earlier, later in pairwise(times_s)]
 
 
 def _percentile(values: list[float], percent: float) -> float | None:

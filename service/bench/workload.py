@@ -34,15 +34,15 @@ class Arrival:
     request: Submit
 
 
-def make_arrivals(workload: Workload, vocab_size: int, repeat: int) -> list[Arrival]:
+def make_arrivals(workload: Workload, vocab_size: int, run: int) -> list[Arrival]:
     """The requests in the order they come.
 
-    Every repeat has prompts of its own, so that none is found in the cache of the one
-    before, and the same times of arrival, so that repeats can be compared.
+    Every run (a number) has prompts of its own, so that none is found in the cache of the
+    one before, and the same times of arrival, so that repeats can be compared.
     """
     clock = random.Random(f"{workload.seed} arrivals")  # noqa: S311 - no secrets here
-    tokens = _token_source(workload, repeat)
-    prefix = shared_prefix(workload, vocab_size, repeat)
+    tokens = _token_source(workload, run)
+    prefix = shared_prefix(workload, vocab_size, run)
     arrivals, now_s = [], 0.0
     for index in range(workload.num_requests):
         if workload.rate is not None and index > 0:
@@ -58,12 +58,11 @@ def make_arrivals(workload: Workload, vocab_size: int, repeat: int) -> list[Arri
     return arrivals
 
 
-def shared_prefix(workload: Workload, vocab_size: int, repeat: int) -> list[int]:
-    """The tokens that all prompts of a repeat begin with."""
-    tokens = _token_source(workload, repeat, "prefix")
+def shared_prefix(workload: Workload, vocab_size: int, run: int) -> list[int]:
+    """The tokens that all prompts of a run begin with."""
+    tokens = _token_source(workload, run, "prefix")
     return [tokens.randrange(vocab_size) for _ in range(workload.shared_prefix_len)]
 
 
-def _token_source(workload: Workload, repeat: int, purpose: str = "prompts") -> random.Random:
-    name = f"{workload.seed} {workload.batch} {repeat} {purpose}"
-    return random.Random(name)  # noqa: S311
+def _token_source(workload: Workload, run: int, purpose: str = "prompts") -> random.Random:
+    return random.Random(f"{workload.seed} {run} {purpose}")  # noqa: S311

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from service.bench.traffic import Traffic
     from service.engine.core import EngineCore
     from service.engine.messages import ModelInfo
+
+
+WIDTH = 120
 
 
 def _split(value: object) -> object:
@@ -90,7 +93,6 @@ def run(arguments: list[str]) -> int:
     """Measure, print the table, write the JSON."""
     settings = read_settings(BenchSettings, arguments)
     _check(settings)
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
     # Before torch starts its threads: waiting ones must not spin.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -158,9 +160,13 @@ def _bench(settings: BenchSettings) -> int:
         measurements=tuple(measurements),
         peak_memory_bytes=peak_memory_bytes(),
     )
-    Console().print(render(report))
+    # A file or a pipe has no width; many batches need one.
+    Console(width=None if sys.stdout.isatty() else WIDTH).print(render(report))
     if settings.json_file is not None:
-        settings.json_file.write_text(report.to_json())
+        try:
+            settings.json_file.write_text(report.to_json())
+        except OSError as error:
+            raise CommandError(f"--json {settings.json_file}: {error.strerror}") from None
     return status
 
 
@@ -181,7 +187,7 @@ def _start(settings: BenchSettings) -> tuple[EngineCore, ModelInfo]:
     return start_random_engine(
         read_config(PUBLISHED[name]),
         engine_config(settings, Path(name)),
-        needed_len=settings.prompt_len + settings.output_len,
+        needed_len=max(settings.prompt_len + settings.output_len, settings.max_model_len or 0),
         seed=settings.seed,
     )
 
@@ -199,13 +205,14 @@ def _measure(
     from service.bench.results import Measurement, Result, summarize
 
     with _bar(len(settings.batch) * (settings.warmup + settings.repeat)) as advance:
+        numbers = count()
         for batch in settings.batch:
             workload = settings.workload(batch)
             results: list[Result] = []
             try:
                 for repeat in range(-settings.warmup, settings.repeat):
                     advance(f"batch {batch}, {'warm-up' if repeat < 0 else f'run {repeat + 1}'}")
-                    done = run_workload(core, workload, repeat)
+                    done = run_workload(core, workload, next(numbers))
                     if repeat >= 0:
                         results.append(summarize(done, traffic, roofline))
             finally:
