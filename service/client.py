@@ -264,6 +264,13 @@ class EngineClient:
     def start(self, config: EngineConfig) -> None:
         """Begin supervising; needs a running event loop."""
         self._supervisor = asyncio.create_task(self._supervise(config), name="engine-supervisor")
+        self._supervisor.add_done_callback(self._supervisor_ended)
+
+    def _supervisor_ended(self, task: asyncio.Task[None]) -> None:
+        """A server without supervision would accept requests that nobody answers."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("supervision of the engine broke off", exc_info=error)
+            self.fail(f"supervision broke off: {type(error).__name__}: {error}")
 
     def fail(self, reason: str) -> None:
         """The engine cannot start, and why, in words: `state` says so, `failed` is set, and
@@ -286,12 +293,14 @@ class EngineClient:
     async def stop(self) -> None:
         """End the engine process."""
         self._draining = True
+        is_loaded = self._ready
+        self._send(Shutdown())
         if self._supervisor is not None:
             self._supervisor.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._supervisor
-        self._send(Shutdown())
-        await self._end_engine(grace_s=2.0)
+        # One that is still loading does not read messages; there is nothing to lose in it.
+        await self._end_engine(grace_s=2.0 if is_loaded else 0.0)
 
     def _admit(self, requests: list[SequenceRequest]) -> None:
         state = self.state

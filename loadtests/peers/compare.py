@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loadtests.peers.columns import Column
@@ -37,9 +37,8 @@ class Comparison:
     """A whole run. `missing` says per column why it, or a part of it, is not there."""
 
     work: Work
-    columns: tuple[str, ...]
-    outcomes: tuple[Outcome, ...] = ()
-    missing: dict[str, str] = field(default_factory=dict)
+    outcomes: tuple[Outcome, ...]
+    missing: dict[str, str]
 
 
 def compare(
@@ -72,7 +71,7 @@ def compare(
             if outcome.error:
                 missing[column.name] = outcome.error
                 say(f"round {number + 1}, {column.name}: {outcome.error}")
-    return Comparison(work, tuple(c.name for c in columns), tuple(outcomes), missing)
+    return Comparison(work, tuple(outcomes), missing)
 
 
 def _turned(columns: list[Column], number: int) -> list[Column]:

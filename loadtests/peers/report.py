@@ -72,7 +72,8 @@ def save(comparison: Comparison, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     name = f"peers-{work.what}-{work.shape}-{work.dtype}-{now:%Y%m%dT%H%M%S}.json"
     target = folder / name
-    target.write_text(json.dumps(content, indent=1) + "\n")
+    text = json.dumps(content, indent=1).replace(work.folder, "$PEERS_DIR")
+    target.write_text(text + "\n")
     return target
 
 
@@ -111,7 +112,7 @@ def _table(comparison: Comparison, title: str, pick: Pick) -> Table:
         table.add_column(heading, justify="right")
     for batch in work.batches:
         ours = _by_round(comparison, OURS, batch, pick)
-        for name in comparison.columns:
+        for name in dict.fromkeys(o.column for o in comparison.outcomes if o.measurements):
             theirs = _by_round(comparison, name, batch, pick)
             ratios = [ours[n] / theirs[n] for n in ours if n in theirs]
             cells = [str(batch), name, _spread([*theirs.values()], ".0f")]
