@@ -134,7 +134,7 @@ class RotaryPositions:
         self, dtype: torch.dtype
     ) -> tuple[Float[Tensor, "num_tokens 1 head_dim"], Float[Tensor, "num_tokens 1 head_dim"]]:
         """This step's rows, ready to broadcast over the heads."""
-        if self._gathered is None:
+        if self._gathered is None or self._gathered[0].dtype != dtype:
             self._gathered = (
                 self.cos_table[self.positions].to(dtype)[:, None],
                 self.sin_table[self.positions].to(dtype)[:, None],
