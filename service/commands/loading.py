@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import logging
+import contextlib
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from model.hub import HubError, resolve_model
 from model.tokenizer import Tokenizer, TokenizerError
 from service.client import EngineClient
 from service.settings import Settings, engine_config
-
-log = logging.getLogger("vitrine")
 
 
 @dataclass(slots=True)
@@ -30,10 +31,37 @@ class LoadedModel:
         """Resolve the model, start the engine with it, read the tokenizer. What is wrong
         with the model is reported through `EngineClient.fail`."""
         try:
-            directory = await asyncio.to_thread(
-                resolve_model, self.settings.model, self.settings.revision
+            directory = await _in_daemon_thread(
+                lambda: resolve_model(self.settings.model, self.settings.revision)
             )
             self.client.start(engine_config(self.settings, directory))
             self.tokenizer = await asyncio.to_thread(Tokenizer.from_directory, directory)
         except (HubError, TokenizerError) as error:
             self.client.fail(str(error))
+
+
+async def _in_daemon_thread(function: Callable[[], Path]) -> Path:
+    """`asyncio.to_thread`, but the process does not wait for the thread when it ends: Ctrl-C
+    must not wait for a download."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Path] = loop.create_future()
+
+    def settle(result: Path | None, error: Exception | None) -> None:
+        if future.cancelled():
+            return
+        if error is not None:
+            future.set_exception(error)
+        elif result is not None:
+            future.set_result(result)
+
+    def work() -> None:
+        result, error = None, None
+        try:
+            result = function()
+        except Exception as raised:  # noqa: BLE001 - raised again where it is awaited
+            error = raised
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=work, name="resolve-model", daemon=True).start()
+    return await future
