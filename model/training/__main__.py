@@ -26,7 +26,8 @@ from model.training.loop import Recipe, train
 
 
 def main() -> None:
-    """Train and export; every default is what made the bundled checkpoint."""
+    """Train and export. The defaults are the bundled checkpoint's; its card tells the one
+    difference."""
     recipe = Recipe()
     parser = argparse.ArgumentParser(
         prog="python -m model.training",

@@ -30,7 +30,7 @@ from model.transformer import Transformer
 class Recipe:
     """Everything that decides the result, besides the data."""
 
-    steps: int = 4000
+    steps: int = 3900
     batch_tokens: int = 4096
     context: int = 512
     # Attention costs grow with the window, and most of what a small model learns early
