@@ -24,7 +24,11 @@ FROM python:3.12-slim
 LABEL org.opencontainers.image.title="vitrine" \
       org.opencontainers.image.description="A text-generation server in a glass case" \
       org.opencontainers.image.licenses="Apache-2.0"
-RUN useradd --uid 10001 --create-home vitrine
+# The CPU kernels are compiled for the processor they run on, at the first start.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --uid 10001 --create-home vitrine
 COPY --from=build /opt/venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \

@@ -1,9 +1,12 @@
 """The API's side of the engine: the journal of requests in flight, and supervision.
 
-For each sequence in flight the journal holds its prompt, its sampling parameters and every
-token received. When the engine process dies, another takes its place and the unfinished
-sequences go on from where they were: noise is a function of (seed, position, token), so the
+When the engine process dies, another takes its place and the unfinished sequences go on from
+where the journal says they were: noise is a function of (seed, position, token), so the
 tokens are the ones the first engine would have drawn.
+
+A sequence that two engines in a row died with, without a token from it between, is a suspect:
+suspects are given to the next engine one after another, each alone until it shows a token.
+The one that a third engine dies with ends with an error, and the others go on.
 """
 
 from __future__ import annotations
@@ -14,14 +17,11 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import msgspec
 import zmq.asyncio
 
-from model.sampling_params import SamplingParams
 from service.engine.messages import (
     Abort,
     EngineConfig,
@@ -32,19 +32,18 @@ from service.engine.messages import (
     Shutdown,
     StartFailed,
     StepOutput,
-    Submit,
     ToEngine,
-    TokenLogprob,
     encoder,
     from_engine_decoder,
 )
 from service.engine_process import EngineProcess
+from service.journal import JournalEntry, SequenceRequest, TokenStream
 
 log = logging.getLogger("vitrine.engine")
 
 EngineState = Literal["starting", "idle", "busy", "stalled", "restarting", "draining", "failed"]
 
-# A sequence that was running at this many deaths of the engine is taken for their cause.
+SUSPECT_DEATHS = 2
 MAX_DEATHS = 3
 # Lives shorter than this, one after another, are a crash loop: wait longer each time.
 SHORT_LIFE_S = 10.0
@@ -68,29 +67,11 @@ class EngineUnavailableError(Exception):
 
 
 class NeverFitsError(ValueError):
-    """Prompt and max_tokens exceed the context or the KV cache; the message has the numbers."""
+    """The request could never run here; the message has the numbers, `field` the culprit."""
 
-
-@dataclass(frozen=True, slots=True)
-class SequenceRequest:
-    """One continuation to run."""
-
-    prompt_token_ids: list[int]
-    sampling: SamplingParams
-    priority: int = 0
-
-
-class TokenStream(Protocol):
-    """The outputs of one sequence, as the API reads them."""
-
-    async def next(self) -> SequenceOutput:
-        """Everything that came since the last call, merged into one output; waits while
-        there is nothing. The output with a `finish_reason` is the last."""
-        ...
-
-    def cancel(self) -> None:
-        """Stop generating and free its blocks. Harmless when already finished."""
-        ...
+    def __init__(self, message: str, field: str) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class Engine(Protocol):
@@ -112,72 +93,12 @@ class Engine(Protocol):
         """Why the engine cannot take a request now, in words; empty when it can."""
         ...
 
-    def submit(self, requests: list[SequenceRequest]) -> list[TokenStream]:
-        """Admit all of them or none.
+    def submit(self, requests: list[SequenceRequest], timeout_s: float) -> list[TokenStream]:
+        """Admit all of them or none; `timeout_s` is how long they may take.
 
         Raises `QueueFullError`, `EngineUnavailableError` or `NeverFitsError`.
         """
         ...
-
-
-@dataclass(slots=True, eq=False)
-class JournalEntry:
-    """A sequence in flight: what is needed to run it again, and what its reader has not
-    yet taken. Implements `TokenStream`."""
-
-    id: int
-    request: SequenceRequest
-    drop: Callable[[JournalEntry], None]
-    token_ids: list[int] = field(default_factory=list)  # all received
-    deaths: int = 0
-    _taken: int = 0  # of token_ids
-    _logprobs: list[TokenLogprob] = field(default_factory=list)  # not yet taken
-    _last: SequenceOutput | None = None
-    _timing: tuple[float, float] = (0.0, 0.0)
-    _news: asyncio.Event = field(default_factory=asyncio.Event)
-
-    async def next(self) -> SequenceOutput:
-        await self._news.wait()
-        self._news.clear()
-        last = self._last
-        if last is None:
-            raise RuntimeError(f"sequence {self.id} was woken without an output")
-        token_ids = self.token_ids[self._taken :]
-        logprobs, self._logprobs = self._logprobs, []
-        self._taken = len(self.token_ids)
-        return SequenceOutput(
-            id=self.id,
-            token_ids=token_ids,
-            logprobs=logprobs if self.request.sampling.logprobs is not None else None,
-            finish_reason=last.finish_reason,
-            stop_token_id=last.stop_token_id,
-            error=last.error,
-            cached_prompt_tokens=last.cached_prompt_tokens,
-            queue_s=self._timing[0],
-            prefill_s=self._timing[1],
-        )
-
-    def cancel(self) -> None:
-        self.drop(self)
-
-    def receive(self, output: SequenceOutput) -> None:
-        """Book what the engine sent."""
-        if not self.token_ids and output.token_ids:
-            self._timing = (output.queue_s, output.prefill_s)
-        self.token_ids += output.token_ids
-        self._logprobs += output.logprobs or []
-        self._last = output
-        self._news.set()
-
-    def to_submit(self) -> Submit:
-        """The message that starts this sequence, or starts it again where it was."""
-        return Submit(
-            self.id,
-            self.request.prompt_token_ids,
-            self.request.sampling,
-            self.request.priority,
-            self.token_ids,
-        )
 
 
 class EngineClient:
@@ -199,6 +120,8 @@ class EngineClient:
         self._nothing_in_flight.set()
         self._failure = ""
         self._heard_at = time.monotonic()
+        self._began_at = time.monotonic()  # this engine, or the wait for it
+        self._start_s = 0.0  # what the last engine took from there to its first word
         self._supervisor: asyncio.Task[None] | None = None
         self._finishes: deque[float] = deque(maxlen=32)  # when the latest sequences ended
         self.failed = asyncio.Event()  # set when the engine cannot start at all
@@ -248,17 +171,18 @@ class EngineClient:
             "failed": "the engine cannot start; the server's log says why",
         }.get(self.state, "")
 
-    def submit(self, requests: list[SequenceRequest]) -> list[TokenStream]:
-        self._admit(requests)
+    def submit(self, requests: list[SequenceRequest], timeout_s: float) -> list[TokenStream]:
+        self._admit(requests, timeout_s)
         entries = [JournalEntry(next(self._ids), request, self._drop) for request in requests]
         for entry in entries:
             self._journal[entry.id] = entry
             self._nothing_in_flight.clear()
-            self._send(entry.to_submit())
+        self._send_due()
         return list(entries)
 
     def spawn(self) -> None:
         """Start the engine process; it loads libraries while the caller goes on."""
+        self._began_at = time.monotonic()
         self._engine = EngineProcess.spawn()
 
     def start(self, config: EngineConfig) -> None:
@@ -297,18 +221,26 @@ class EngineClient:
         self._send(Shutdown())
         if self._supervisor is not None:
             self._supervisor.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._supervisor
+            await asyncio.gather(self._supervisor, return_exceptions=True)
         # One that is still loading does not read messages; there is nothing to lose in it.
         await self._end_engine(grace_s=2.0 if is_loaded else 0.0)
 
-    def _admit(self, requests: list[SequenceRequest]) -> None:
+    def _admit(self, requests: list[SequenceRequest], timeout_s: float) -> None:
         state = self.state
         info = self._info
         if state in ("starting", "draining", "failed") or info is None:
             raise EngineUnavailableError(self.state_reason, retry_after_s=2.0)
         for request in requests:
             _check_fits(request, info)
+        if len(requests) > self.max_in_flight:
+            raise NeverFitsError(
+                f"{len(requests)} continuations were asked for; this server runs or queues "
+                f"{self.max_in_flight} at most",
+                field="n",
+            )
+        wait_s = self._replacement_wait_s()
+        if wait_s > timeout_s:
+            raise EngineUnavailableError(self.state_reason, retry_after_s=max(1.0, wait_s))
         if self.in_flight + len(requests) > self.max_in_flight:
             excess = self.in_flight + len(requests) - self.max_in_flight
             raise QueueFullError(
@@ -316,16 +248,29 @@ class EngineClient:
                 retry_after_s=self._drain_time_s(excess),
             )
 
+    def _replacement_wait_s(self) -> float:
+        """How long until there is an engine, if the next one takes as long as the last did."""
+        if self._ready and self.state != "stalled":
+            return 0.0
+        if self._ready:  # stalled: it is given up first
+            return max(0.0, self.stall_s - self.heartbeat_age_s) + self._start_s
+        return max(0.0, self._start_s - (time.monotonic() - self._began_at))
+
     def _drain_time_s(self, count: int) -> float:
-        """How long the latest rate of finishing takes to finish `count` more: 1 .. 60 s."""
-        if len(self._finishes) < 2:
+        """How long the rate of finishing of the last minute takes to finish `count` more:
+        1 .. 60 s."""
+        now = time.monotonic()
+        recent = [at for at in self._finishes if now - at < 60.0]
+        if len(recent) < 2:
             return 1.0
-        span_s = time.monotonic() - self._finishes[0]
-        return min(60.0, max(1.0, count * span_s / len(self._finishes)))
+        return min(60.0, max(1.0, count * (now - recent[0]) / len(recent)))
 
     def _drop(self, entry: JournalEntry) -> None:
         if self._forget(entry):
-            self._send(Abort(entry.id))
+            if entry.is_sent:
+                self._send(Abort(entry.id))
+            if entry.deaths >= SUSPECT_DEATHS:
+                self._send_due()
 
     def _forget(self, entry: JournalEntry) -> bool:
         """Take an ended sequence out of the journal; False when it was not in it."""
@@ -340,11 +285,25 @@ class EngineClient:
         if self._ready and self._socket is not None:
             self._socket.send(encoder.encode(message))
 
+    def _send_due(self) -> None:
+        """Give the engine what it does not have yet: everything, or the first suspect."""
+        if not self._ready:
+            return  # Ready sends what is due then
+        due = [entry for entry in self._journal.values() if not entry.is_sent]
+        if any(entry.deaths >= SUSPECT_DEATHS for entry in self._journal.values()):
+            is_testing = any(
+                entry.is_sent and entry.deaths >= SUSPECT_DEATHS for entry in self._journal.values()
+            )
+            suspects = [entry for entry in due if entry.deaths >= SUSPECT_DEATHS]
+            due = [] if is_testing else suspects[:1]
+        for entry in due:
+            entry.is_sent = True
+            self._send(entry.to_submit())
+
     async def _supervise(self, config: EngineConfig) -> None:
         """Run one engine after another until stopped or the engine cannot start."""
         backoff_s = 0.0
         while True:
-            began = time.monotonic()
             if self._engine is None:
                 self.spawn()
             try:
@@ -357,7 +316,8 @@ class EngineClient:
             self.restarts += 1
             self._count_deaths()
             log.error("%s; replacing it (%d in flight)", reason, self.in_flight)
-            is_short = time.monotonic() - began < SHORT_LIFE_S
+            is_short = time.monotonic() - self._began_at < SHORT_LIFE_S
+            self._began_at = time.monotonic()
             backoff_s = min(MAX_BACKOFF_S, max(0.5, 2 * backoff_s)) if is_short else 0.0
             await asyncio.sleep(backoff_s)
 
@@ -394,8 +354,8 @@ class EngineClient:
         elif isinstance(message, Ready):
             self._info = message.info
             self._ready = True
-            for entry in self._journal.values():
-                self._send(entry.to_submit())
+            self._start_s = self._heard_at - self._began_at
+            self._send_due()
         elif isinstance(message, StartFailed):
             self.fail(message.reason)
 
@@ -403,14 +363,22 @@ class EngineClient:
         entry = self._journal.get(output.id)
         if entry is None:
             return  # cancelled while this was on its way
+        was_suspect = entry.deaths >= SUSPECT_DEATHS
         entry.deaths = 0
         entry.receive(output)
         if output.finish_reason is not None:
             self._forget(entry)
             self._finishes.append(time.monotonic())
+        if was_suspect:
+            self._send_due()
 
     def _count_deaths(self) -> None:
+        """An engine died: whatever it had been given may be the reason. One that died while
+        it was loading had nothing."""
         for entry in list(self._journal.values()):
+            if not entry.is_sent:
+                continue
+            entry.is_sent = False
             entry.deaths += 1
             if entry.deaths >= MAX_DEATHS:
                 self._end_with_error(
@@ -436,11 +404,13 @@ def _check_fits(request: SequenceRequest, info: ModelInfo) -> None:
     if num_prompt + max_tokens > info.context_length:
         raise NeverFitsError(
             f"the prompt has {num_prompt} tokens and max_tokens is {max_tokens}; together "
-            f"{num_prompt + max_tokens}, and the context length is {info.context_length}"
+            f"{num_prompt + max_tokens}, and the context length is {info.context_length}",
+            field="max_tokens",
         )
     capacity = info.num_blocks * info.block_size
     if num_prompt + max_tokens > capacity:
         raise NeverFitsError(
             f"the prompt has {num_prompt} tokens and max_tokens is {max_tokens}; together "
-            f"{num_prompt + max_tokens}, and the KV cache holds {capacity}"
+            f"{num_prompt + max_tokens}, and the KV cache holds {capacity}",
+            field="max_tokens",
         )

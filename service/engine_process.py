@@ -28,6 +28,10 @@ class EngineProcess:
     def spawn(cls) -> EngineProcess:
         """Start the process; it waits for its configuration. Returns at once."""
         folder = Path(tempfile.mkdtemp(prefix="vitrine-"))
+        if len(str(folder / "engine")) >= zmq.IPC_PATH_MAX_LEN:
+            # A long TMPDIR: the system bounds the length of a socket's path.
+            folder.rmdir()
+            folder = Path(tempfile.mkdtemp(prefix="vitrine-", dir="/tmp"))
         environment = os.environ | {
             # Threads that spin while waiting starve the API process on the same cores.
             "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from loadtests.peers.columns import COLUMNS, OURS, columns
-from loadtests.peers.compare import compare
+from loadtests.peers.compare import Bounds, compare
 from loadtests.peers.folder import Folder, default_root
 from loadtests.peers.machine import label, num_cores
 from loadtests.peers.prepare import PEERS, prepare
@@ -61,14 +61,19 @@ def _run(arguments: argparse.Namespace, folder: Folder) -> int:
         columns(arguments.what, arguments.contenders),
         work,
         rounds=arguments.rounds,
-        wait_s=0.0 if arguments.no_wait else arguments.wait_s,
-        limit_s=arguments.limit_s,
+        bounds=_bounds(arguments),
         say=lambda text: progress.print(text, markup=False, highlight=False),
     )
     show(comparison, console)
     if arguments.out is not None:
         console.print(f"written: {save(comparison, arguments.out)}")
     return 1 if comparison.missing else 0
+
+
+def _bounds(arguments: argparse.Namespace) -> Bounds:
+    if arguments.no_wait:
+        return Bounds(arguments.limit_s, wait_s=0.0, repeats=0)
+    return Bounds(arguments.limit_s, arguments.wait_s, arguments.repeats)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -94,7 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--seed", type=int, default=7)
     run.add_argument("--limit-s", type=float, default=300.0, help="for one contender's process")
     run.add_argument("--wait-s", type=float, default=60.0, help="for a quiet machine, each time")
-    run.add_argument("--no-wait", action="store_true")
+    run.add_argument("--repeats", type=int, default=2, help="of a process that was disturbed")
+    run.add_argument("--no-wait", action="store_true", help="measure now, whoever is there")
     run.add_argument(
         "--out",
         type=Path,

@@ -36,7 +36,6 @@ TIMES: dict[str, Pick] = {
     "ITL p50 ms": lambda m: m.itl_p50_ms,
     "ITL p99 ms": lambda m: m.itl_p99_ms,
 }
-DISTURBED_CORES = 0.10
 
 
 def show(comparison: Comparison, console: Console) -> None:
@@ -48,8 +47,7 @@ def show(comparison: Comparison, console: Console) -> None:
         console.print(same)
     for name, reason in comparison.missing.items():
         console.print(f"missing from {name}: {reason}", markup=False)
-    disturbed = [o for o in comparison.outcomes if (o.others_cores or 0) > DISTURBED_CORES]
-    for outcome in disturbed:
+    for outcome in (o for o in comparison.outcomes if o.disturbed):
         console.print(
             f"disturbed: others used {outcome.others_cores} cores during "
             f"{outcome.column}, round {outcome.round + 1}"

@@ -32,7 +32,7 @@ async def make_plan(
     timeout_s = _timeout(body, context.limits)
     _check_vocabulary(body, info.vocab_size)
     prompt_ids = await _prompt_ids(body, tokenizer, info, context.limits)
-    max_tokens = _max_tokens(body, len(prompt_ids), info.context_length)
+    max_tokens = _max_tokens(body, len(prompt_ids), info)
     seed = secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed
     prefix = ""
     if body.echo:
@@ -137,8 +137,9 @@ async def _prompt_ids(
     return ids
 
 
-def _max_tokens(body: GenerateRequest, num_prompt_tokens: int, context_length: int) -> int:
+def _max_tokens(body: GenerateRequest, num_prompt_tokens: int, info: ModelInfo) -> int:
     """How many tokens to generate at most: as asked for, or the default that still fits."""
+    context_length = info.context_length
     room = context_length - num_prompt_tokens
     if room < 1:
         raise invalid_field(
@@ -152,7 +153,10 @@ def _max_tokens(body: GenerateRequest, num_prompt_tokens: int, context_length: i
             f"{num_prompt_tokens} prompt tokens and {body.max_tokens} to generate exceed the "
             f"context length of {context_length}",
         )
-    max_tokens = min(body.max_tokens, room)
+    max_tokens = body.max_tokens
+    if not body.has("max_tokens"):
+        capacity = info.num_blocks * info.block_size - num_prompt_tokens
+        max_tokens = max(1, min(max_tokens, room, capacity))
     if body.min_tokens > max_tokens:
         raise invalid_field(
             "min_tokens", f"{body.min_tokens} is more than max_tokens, which is {max_tokens}"

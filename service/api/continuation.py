@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 from service.api.answers import Timing, Usage
 from service.api.text import AnswerText
-from service.client import TokenStream
 from service.engine.messages import SequenceOutput, TokenLogprob
+from service.journal import TokenStream
 
 _SHORTEST_S = 1e-6  # of a clock that may not have ticked
 

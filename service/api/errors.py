@@ -108,7 +108,7 @@ def from_exception(error: Exception) -> ProblemError:
         headers = retry_after(error.retry_after_s)
         return ProblemError("unavailable", 503, str(error), headers=headers)
     if isinstance(error, NeverFitsError):
-        return ProblemError("never-fits", 422, str(error))
+        return ProblemError("never-fits", 422, str(error), field=error.field)
     if isinstance(error, pydantic.ValidationError):
         return invalid_body(error)
     return ProblemError(

@@ -16,8 +16,9 @@ from model.tokenizer import IncrementalDecoder, Tokenizer
 from service.api.continuation import Continuation, Delta, Done
 from service.api.errors import ProblemError, from_exception
 from service.api.text import AnswerText, StopStrings
-from service.client import Engine, EngineUnavailableError, SequenceRequest
+from service.client import Engine, EngineUnavailableError
 from service.engine.messages import SequenceOutput
+from service.journal import SequenceRequest
 from service.metrics import Metrics, Outcome
 
 log = logging.getLogger(__name__)
@@ -195,7 +196,7 @@ class ActiveGenerations:
             SequenceRequest(plan.prompt_token_ids, sampling, plan.priority)
             for sampling in plan.samplings
         ]
-        streams = self._engine.submit(requests)
+        streams = self._engine.submit(requests, plan.timeout_s)
         continuations = []
         for index, (stream, sampling) in enumerate(zip(streams, plan.samplings, strict=True)):
             decoder = IncrementalDecoder(tokenizer, plan.prompt_token_ids)

@@ -7,6 +7,7 @@ import secrets
 import sys
 import time
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field
 from pydantic_settings import CliPositionalArg, SettingsConfigDict
@@ -34,7 +35,9 @@ class GenerateSettings(ModelSettings):
     seed: int | None = Field(
         None, ge=0, lt=2**63, description="the same seed gives the same text; drawn if not given"
     )
-    stop: list[str] = Field([], description="end before this text; may be given several times")
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(
+        [], description="end before this text; may be given several times"
+    )
 
 
 DEFAULT_MAX_TOKENS = 256
@@ -81,6 +84,9 @@ def _generate(settings: GenerateSettings, directory: Path) -> None:
     )
     decoder = IncrementalDecoder(tokenizer, prompt_token_ids)
     answer = AnswerText(decoder, StopStrings(settings.stop), min_tokens=0)
+    refusal = core.scheduler.refusal(len(prompt_token_ids), params.max_tokens)
+    if refusal is not None:
+        raise CommandError(refusal)
     began = time.monotonic()
     num_tokens = 0
     stopped = False

@@ -63,8 +63,8 @@ def make_server(settings: Settings, client: EngineClient, model: LoadedModel) ->
 
 
 def read_api_keys(path: Path | None) -> tuple[bytes, ...]:
-    """Hashes of the keys in a file of one key a line, `key` or `name:key`; blank lines and
-    lines that begin with # do not count.
+    """Hashes of the keys in a file of one key a line, `key` or `name:key` (the name ends at
+    the first colon); blank lines and lines that begin with # do not count.
 
     Raises `SettingsError` for a file that cannot be read or that holds no key: a server that
     was told to ask for keys must not run without.
@@ -75,7 +75,11 @@ def read_api_keys(path: Path | None) -> tuple[bytes, ...]:
         lines = [line.strip() for line in path.read_text().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"--api-key-file {path}: {error}") from None
-    keys = [line.rpartition(":")[2] for line in lines if line and not line.startswith("#")]
+    keys = [
+        line.partition(":")[2] if ":" in line else line
+        for line in lines
+        if line and not line.startswith("#")
+    ]
     if not keys or not all(keys):
         raise SettingsError(f"--api-key-file {path} holds no key, or an empty one")
     return tuple(api_key_hash(key) for key in keys)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 from rich.console import Console
 
 from service.commands import CommandError
 from service.settings import CommandSettings, read_settings
+
+PIPED_WIDTH = 110
 
 
 class InspectSettings(CommandSettings):
@@ -34,5 +38,7 @@ def run(arguments: list[str]) -> int:
         config = find_config(settings.model or str(bundled_checkpoint()))
     except (CheckpointError, ConfigError) as error:
         raise CommandError(str(error)) from None
-    Console().print(render(inspect(config)))
+    # Into a pipe there is no width to keep to, and a number cut short is worth nothing.
+    width = None if sys.stdout.isatty() else PIPED_WIDTH
+    Console(width=width).print(render(inspect(config)))
     return 0

@@ -38,6 +38,8 @@ class LoadedModel:
             self.tokenizer = await asyncio.to_thread(Tokenizer.from_directory, directory)
         except (HubError, TokenizerError) as error:
             self.client.fail(str(error))
+        except Exception as error:  # noqa: BLE001 - or the server would say "loading" for ever
+            self.client.fail(f"loading the model failed: {type(error).__name__}: {error}")
 
 
 async def _in_daemon_thread(function: Callable[[], Path]) -> Path:

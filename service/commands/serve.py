@@ -10,6 +10,7 @@ from pathlib import Path
 
 from service.client import EngineClient
 from service.commands import CommandError
+from service.commands.early_signals import EarlySignals
 from service.settings import Settings, engine_config, read_settings
 
 
@@ -26,20 +27,27 @@ def run(arguments: list[str]) -> int:
         max_in_flight=settings.max_num_seqs + settings.max_queue_requests,
         stall_s=settings.stall_s,
     )
+    early = EarlySignals()
     # First of all: torch takes seconds to import, and does so while this process goes on.
     client.spawn()
-    asyncio.run(_serve(settings, client))
+    try:
+        asyncio.run(_serve(settings, client, early))
+    except SystemExit:  # uvicorn's way to say that it could not listen; its log has the reason
+        raise CommandError(f"cannot listen on {settings.host} port {settings.port}") from None
     if client.failure:
         raise CommandError(client.failure)
     return 0
 
 
-async def _serve(settings: Settings, client: EngineClient) -> None:
+async def _serve(settings: Settings, client: EngineClient, early: EarlySignals) -> None:
     from service.commands.http_server import end_in_order, make_server
     from service.commands.loading import LoadedModel
 
     model = LoadedModel(settings, client)
     server = make_server(settings, client, model)
+    early.forward = server.handle_exit
+    if early.received:
+        server.stop_asked.set()
     tasks = [
         asyncio.create_task(model.load(), name="load-model"),
         asyncio.create_task(end_in_order(server, client, settings.drain_s), name="end-server"),

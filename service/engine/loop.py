@@ -10,9 +10,11 @@ holds: when it closes, the API is gone, however it died, and so is the engine.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import zmq
@@ -129,7 +131,9 @@ def send(socket: zmq.Socket[bytes], message: FromEngine) -> None:
 
 
 def _exit_with_parent() -> None:
-    """Ends this process at once when the parent closes our standard input."""
+    """Ends this process at once when the parent closes our standard input; the socket's
+    folder, which the parent can no longer remove, goes with it."""
     while os.read(sys.stdin.fileno(), 4096):
         pass
+    shutil.rmtree(Path(sys.argv[1].removeprefix("ipc://")).parent, ignore_errors=True)
     os._exit(1)

@@ -60,7 +60,7 @@ class Runner:
 def _sampling_row(sequence: Sequence) -> SamplingRow:
     """What the sampler must know; the token lists are copied only where they are read."""
     params, tokens, num_prompt = sequence.sampling, sequence.token_ids, sequence.num_prompt
-    if params.has_penalties or sequence.num_output < params.min_tokens:
+    if params.has_penalties or params.min_tokens:
         return SamplingRow(params, len(tokens), tokens[:num_prompt], tokens[num_prompt:])
     return SamplingRow(params, len(tokens))
 

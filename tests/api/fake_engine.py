@@ -7,8 +7,9 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from service.client import EngineState, SequenceRequest
+from service.client import EngineState
 from service.engine.messages import EngineStats, ModelInfo, SequenceOutput, TokenLogprob
+from service.journal import SequenceRequest
 
 CONTEXT_LENGTH = 256
 VOCAB_SIZE = 300
@@ -142,7 +143,7 @@ class FakeEngine:
         self.streams: list[FakeStream] = []
         self.requests: list[SequenceRequest] = []
 
-    def submit(self, requests: list[SequenceRequest]) -> list[FakeStream]:
+    def submit(self, requests: list[SequenceRequest], timeout_s: float) -> list[FakeStream]:
         if self.refuse is not None:
             raise self.refuse
         streams = [FakeStream(request) for request in requests]

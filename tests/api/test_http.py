@@ -168,7 +168,7 @@ async def test_api_keys(house: Houses) -> None:
         (QueueFullError("8 requests wait; the limit is 8", 2.5), 429, "3", "queue-full"),
         (QueueFullError("full", 0), 429, "1", "queue-full"),
         (EngineUnavailableError("draining", 7), 503, "7", "unavailable"),
-        (NeverFitsError("9 blocks of 8"), 422, None, "never-fits"),
+        (NeverFitsError("9 blocks of 8", field="max_tokens"), 422, None, "never-fits"),
     ],
 )
 @pytest.mark.parametrize("stream", [True, False])
@@ -197,7 +197,7 @@ async def test_a_bug_is_500_without_internals(house: Houses) -> None:
 
 async def test_messages_with_lone_surrogates_are_encoded(house: Houses) -> None:
     h = house()
-    h.engine.refuse = NeverFitsError("\ud800 does not fit")
+    h.engine.refuse = NeverFitsError("\ud800 does not fit", field="prompt")
     async with h.client() as client:
         response = await client.post("/generate", json={"prompt": "a"})
     assert check_problem(response, 422)["detail"] == "? does not fit"

@@ -20,6 +20,7 @@ from model.transformer import Transformer
 from service.engine.core import EngineCore
 from service.engine.messages import Submit
 from tests.engine.engines import (
+    EOS,
     TINY_GPT2,
     TINY_NATIVE,
     VOCAB_SIZE,
@@ -30,6 +31,8 @@ from tests.engine.engines import (
     run_all,
     submit,
 )
+
+POISON = VOCAB_SIZE - 1
 
 
 @dataclass(frozen=True)
@@ -174,31 +177,22 @@ def test_an_exception_costs_only_the_sequence_that_causes_it(
     """The forward raises whenever the poisoned token is in the batch."""
     setup = plain_setup()
     model = setup.model
-    requests = random_requests(8, seed=5)
-    expected = {request.id: alone(setup, request) for request in requests}
     forward = model.forward
 
     def poisoned(input_ids: torch.Tensor, *rest: object) -> torch.Tensor:
-        if (input_ids == VOCAB_SIZE - 1).any() and len(input_ids) > 2:
+        if (input_ids == POISON).sum() >= 5:  # five in a row: only the prompt below
             raise RuntimeError("poison")
         return forward(input_ids, *rest)  # type: ignore[arg-type]
 
-    requests = [
-        replace_prompt(r, [t % (VOCAB_SIZE - 1) or 1 for t in r.prompt_token_ids]) for r in requests
-    ]
+    requests = random_requests(8, seed=5)
     expected = {request.id: alone(setup, request) for request in requests}
     monkeypatch.setattr(model, "forward", poisoned)
-    poison = submit(99, [VOCAB_SIZE - 1] * 5, max_tokens=5)
+    poison = submit(99, [POISON] * 5, max_tokens=5)
     results = run_all(setup.core(), [*requests[:4], poison, *requests[4:]])
     assert results[99].finish_reason == "error"
     assert results[99].error == "RuntimeError: poison"
     for request in requests:
-        if VOCAB_SIZE - 1 not in expected[request.id].token_ids:
-            assert results[request.id] == expected[request.id]
-
-
-def replace_prompt(request: Submit, prompt: list[int]) -> Submit:
-    return Submit(request.id, prompt, request.sampling)
+        assert results[request.id] == expected[request.id]
 
 
 def test_logits_that_are_not_finite_end_their_sequence_only() -> None:
@@ -239,28 +233,26 @@ def test_abort_frees_blocks_before_the_next_step() -> None:
     assert not core.has_work
 
 
-def test_stop_ids_end_of_text_and_min_tokens() -> None:
+@pytest.mark.parametrize("min_tokens", [0, 1, 3, 6])
+def test_a_stop_id_ends_at_its_first_place_that_min_tokens_allows(min_tokens: int) -> None:
+    """Held off before, and not a token longer: of every id that greedy text holds."""
     setup = plain_setup()
-    free = alone(setup, submit(1, [5, 6], max_tokens=12, temperature=0.0, ignore_eos=True))
-    third = free.token_ids[2]
-    first_at = free.token_ids.index(third)
-    stopped = alone(
-        setup,
-        submit(1, [5, 6], max_tokens=12, temperature=0.0, ignore_eos=True, stop_token_ids=(third,)),
+    greedy = {"max_tokens": 12, "temperature": 0.0, "ignore_eos": True}
+    free = alone(setup, submit(1, [5, 6], **greedy)).token_ids
+    for stop in set(free[min_tokens:]) - set(free[:min_tokens]):
+        request = submit(1, [5, 6], **greedy, stop_token_ids=(stop,), min_tokens=min_tokens)
+        stopped = alone(setup, request)
+        assert stopped.finish_reason == "stop"
+        assert stopped.token_ids == free[: free.index(stop) + 1]
+
+
+@pytest.mark.parametrize("min_tokens", [0, 1, 4])
+def test_end_of_text_ends_once_min_tokens_are_there(min_tokens: int) -> None:
+    """A bias makes end-of-text certain from the first moment it is not held off."""
+    request = submit(
+        1, [5, 6], max_tokens=12, temperature=0.0, min_tokens=min_tokens, logit_bias={EOS: 100.0}
     )
-    assert stopped.finish_reason == "stop"
-    assert stopped.token_ids == free.token_ids[: first_at + 1]
-    held = alone(
-        setup,
-        submit(
-            1,
-            [5, 6],
-            max_tokens=12,
-            temperature=0.0,
-            ignore_eos=True,
-            stop_token_ids=(third,),
-            min_tokens=6,
-        ),
-    )
-    assert len(held.token_ids) >= 6
-    assert third not in held.token_ids[:6]
+    result = alone(plain_setup(), request)
+    assert result.finish_reason == "stop"
+    assert len(result.token_ids) == min_tokens + 1
+    assert result.token_ids[-1] == EOS

@@ -14,6 +14,7 @@ from huggingface_hub import constants
 
 from model.checkpoint_files import bundled_checkpoint
 from model.hub import HubError, resolve_model
+from model.tokenizer import Tokenizer
 from tests.model.fake_hub import FakeHub, serve
 
 TOKENIZER = {"tokenizer.json": b"{}", "tokenizer_config.json": b"{}"}
@@ -45,6 +46,14 @@ REPOSITORIES = {
         }
     },
     "org/pickled": {"main": {"config.json": b"{}", "pytorch_model.bin": b"pickle"}},
+    "org/gpt2": {
+        "main": {
+            "config.json": b"{}",
+            "model.safetensors": b"weights",
+            "vocab.json": b'{"a": 0, "b": 1, "ab": 2, "<|endoftext|>": 3}',
+            "merges.txt": b"#version: 0.2\na b\n",
+        }
+    },
     "org/empty": {"main": {"config.json": b"{}", "model.gguf": b"another format"}},
     "org/gated": {"main": {"config.json": b"{}"}},
 }
@@ -186,3 +195,9 @@ def unused_port() -> int:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
         return port
+
+
+def test_a_tokenizer_of_vocabulary_and_merges_comes_along(hub: FakeHub, tmp_path: Path) -> None:
+    """GPT-2's layout, without a tokenizer.json."""
+    directory = resolve_model("org/gpt2", endpoint=hub.url, cache_dir=tmp_path)
+    assert Tokenizer.from_directory(directory).encode("aba") == [2, 0]
