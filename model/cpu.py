@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.kernels import native
 from model.kernels.native import LANES, NativeKernelError
-from model.layers import RMSNorm, SwiGLUMLP
+from model.layers import LayerNorm, RMSNorm, SwiGLUMLP
 from model.linear import Linear
 from model.transformer import Block, Transformer
 
@@ -69,7 +69,7 @@ def use_compiled_kernels(model: Transformer) -> str | None:
         return f"no compiled kernels: {error}"
     config = model.config
     for module in model.modules():
-        if isinstance(module, RMSNorm) and module.weight.shape[0] == config.hidden_size:
+        if isinstance(module, RMSNorm | LayerNorm) and module.weight.shape[0] == config.hidden_size:
             module.native = kernels if config.hidden_size % LANES == 0 else None
         elif isinstance(module, SwiGLUMLP):
             module.native = kernels if config.intermediate_size % LANES == 0 else None

@@ -35,10 +35,26 @@ class RMSNorm(nn.Module):
         return (x32 * scale).to(x.dtype) * self.weight
 
 
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(variance + eps) * weight + bias (Ba et al. 2016, arXiv:1607.06450)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size))
+        self.eps = eps
+        self.native: NativeKernels | None = None
+
+    def forward(self, x: Float[Tensor, "rows size"]) -> Float[Tensor, "rows size"]:
+        if self.native is not None:
+            return self.native.layer_norm(x, self.weight, self.bias, self.eps)
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
 def make_norm(config: ModelConfig) -> nn.Module:
     """The config's norm over hidden_size."""
     if config.norm == "layernorm":
-        return nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        return LayerNorm(config.hidden_size, config.norm_eps)
     return RMSNorm(config.hidden_size, config.norm_eps)
 
 

@@ -62,7 +62,7 @@ def _run(arguments: argparse.Namespace, folder: Folder) -> int:
         work,
         rounds=arguments.rounds,
         bounds=_bounds(arguments),
-        say=lambda text: progress.print(text, markup=False, highlight=False),
+        say=lambda text: progress.print(text, markup=False, highlight=False, soft_wrap=True),
     )
     show(comparison, console)
     if arguments.out is not None:

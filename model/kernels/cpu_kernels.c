@@ -1,6 +1,6 @@
 /* What a layer does between its matrix products, on the CPU: query/key norm, rotary
- * positions, cache write and softmax(Q K^T / sqrt(d)) V over pages in one call; RMSNorm;
- * SiLU(gate) * up.
+ * positions, cache write and softmax(Q K^T / sqrt(d)) V over pages in one call; RMSNorm and
+ * LayerNorm; SiLU(gate) * up.
  *
  * The PyTorch twins are model/backends/cpu.py and model/layers.py;
  * tests/model/test_cpu_kernels.py compares them.
@@ -336,6 +336,28 @@ void vitrine_rms_norm(const void *x, const void *weight, void *out, int64_t rows
             store(out, at + i,
                   load(x, at + i, (int)is_bf16) * share * load(weight, i, (int)is_bf16),
                   (int)is_bf16);
+    }
+}
+
+/* (x - mean) / sqrt(variance + eps) * weight + bias, row by row; size is a multiple of 16. */
+void vitrine_layer_norm(const void *x, const void *weight, const void *bias, void *out,
+                        int64_t rows, int64_t size, float eps, int64_t is_bf16) {
+#pragma omp parallel for schedule(static) if (rows > 8)
+    for (int64_t row = 0; row < rows; row++) {
+        const int64_t at = row * size;
+        vec sum = splat(0), squares = splat(0);
+        for (int64_t i = 0; i < size; i += LANES) sum += load(x, at + i, (int)is_bf16);
+        const vec mean = splat(sum_lanes(sum) / (float)size);
+        for (int64_t i = 0; i < size; i += LANES) {
+            vec v = load(x, at + i, (int)is_bf16) - mean;
+            squares += v * v;
+        }
+        const vec share = splat(1.0f / sqrtf(sum_lanes(squares) / (float)size + eps));
+        for (int64_t i = 0; i < size; i += LANES) {
+            vec v = (load(x, at + i, (int)is_bf16) - mean) * share;
+            store(out, at + i,
+                  v * load(weight, i, (int)is_bf16) + load(bias, i, (int)is_bf16), (int)is_bf16);
+        }
     }
 }
 

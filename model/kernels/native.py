@@ -77,6 +77,27 @@ class NativeKernels:
         )
         return out
 
+    def layer_norm(
+        self,
+        x: Float[Tensor, "rows size"],
+        weight: Float[Tensor, " size"],
+        bias: Float[Tensor, " size"],
+        eps: float,
+    ) -> Float[Tensor, "rows size"]:
+        """(x - mean) / sqrt(variance + eps) * weight + bias; size must be a multiple of LANES."""
+        out = torch.empty_like(x)
+        self.library.vitrine_layer_norm(
+            x.data_ptr(),
+            weight.data_ptr(),
+            bias.data_ptr(),
+            out.data_ptr(),
+            x.shape[0],
+            x.shape[1],
+            eps,
+            x.dtype == torch.bfloat16,
+        )
+        return out
+
     def silu_mul(self, gate_up: Float[Tensor, "rows two_sizes"]) -> Float[Tensor, "rows size"]:
         """SiLU(gate) * up of [gate | up]; size must be a multiple of LANES."""
         rows, size = gate_up.shape[0], gate_up.shape[1] // 2
@@ -109,6 +130,8 @@ def load() -> NativeKernels:
     library.vitrine_attention.restype = None
     library.vitrine_rms_norm.argtypes = [*(pointer,) * 3, count, count, ctypes.c_float, count]
     library.vitrine_rms_norm.restype = None
+    library.vitrine_layer_norm.argtypes = [*(pointer,) * 4, count, count, ctypes.c_float, count]
+    library.vitrine_layer_norm.restype = None
     library.vitrine_silu_mul.argtypes = [pointer, pointer, count, count, count]
     library.vitrine_silu_mul.restype = None
     return NativeKernels(library)

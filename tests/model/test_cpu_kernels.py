@@ -20,7 +20,7 @@ from model.config import ModelConfig
 from model.cpu import RowPadding, choose_padding, optimise
 from model.kernels import native
 from model.kv_cache import KVCache
-from model.layers import RMSNorm, SwiGLUMLP
+from model.layers import LayerNorm, RMSNorm, SwiGLUMLP
 from model.positions import RotaryPositions, rotary_table
 from tests.engine.engines import TINY_NATIVE, random_model
 
@@ -109,17 +109,20 @@ def test_attention_equals_its_twin_and_chunks_change_no_bit(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 2, 33])
-def test_norm_and_swiglu_equal_their_twins(dtype: torch.dtype, rows: int) -> None:
+def test_norms_and_swiglu_equal_their_twins(dtype: torch.dtype, rows: int) -> None:
     shape = dataclasses.replace(TINY_NATIVE, hidden_size=48, intermediate_size=112)
     generator = torch.Generator().manual_seed(rows)
     x = (torch.randn(rows, 48, generator=generator) * 3).to(dtype)
     residual = torch.zeros(rows, 48, dtype=dtype)
-    norm = RMSNorm(48, 1e-5).to(dtype).requires_grad_(False)
-    norm.weight.uniform_(0.5, 1.5, generator=generator)
+    rms_norm = RMSNorm(48, 1e-5).to(dtype).requires_grad_(False)
+    layer_norm = LayerNorm(48, 1e-5).to(dtype).requires_grad_(False)
+    for parameter in (rms_norm.weight, layer_norm.weight, layer_norm.bias):
+        parameter.uniform_(0.5, 1.5, generator=generator)
     mlp = SwiGLUMLP(shape).to(dtype).requires_grad_(False)
-    plain = norm(x), mlp(x, residual)
-    norm.native = mlp.native = native.load()
-    for ours, twin in zip((norm(x), mlp(x, residual)), plain, strict=True):
+    plain = rms_norm(x), layer_norm(x + 2), mlp(x, residual)
+    rms_norm.native = layer_norm.native = mlp.native = native.load()
+    compiled = rms_norm(x), layer_norm(x + 2), mlp(x, residual)
+    for ours, twin in zip(compiled, plain, strict=True):
         assert (ours.float() - twin.float()).abs().max() <= BOUND[dtype] * (
             1 + float(twin.abs().max())
         )
