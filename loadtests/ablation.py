@@ -15,7 +15,9 @@ import statistics
 import time
 from dataclasses import dataclass
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+from model.threads import set_wait_policy
+
+set_wait_policy(os.environ)  # before torch is imported
 
 import torch
 from rich.console import Console

@@ -34,10 +34,10 @@ class RowPadding:
         return max(self.minimum, -(-rows // self.multiple) * self.multiple)
 
 
-# From nearly free to dearer. A single row is special to torch's reductions (the mean in a
-# norm) and, for some shapes, to oneDNN's products; MKL's float32 products treat the 1-3 rows
-# left over from fours differently.
-PADDINGS = (RowPadding(minimum=2), RowPadding(multiple=4))
+# From free to dearer. A single row is special to torch's reductions (the mean in a norm) and,
+# in float32 and for some shapes, to oneDNN's products; MKL's float32 products treat the 1-3
+# rows left over from fours differently.
+PADDINGS = (RowPadding(), RowPadding(minimum=2), RowPadding(multiple=4))
 
 
 def optimise(model: Transformer) -> list[str]:
@@ -97,6 +97,8 @@ def _row_functions(model: Transformer) -> Iterator[tuple[Callable[[Tensor], Tens
     if not isinstance(block, Block):
         raise TypeError(f"a transformer of {type(block).__name__}")
     yield block.attention_norm, hidden_size
+    if block.attention.key_norm is not None:  # one head of one token is a single row too
+        yield block.attention.key_norm, model.config.head_dim
     yield block.attention.qkv, hidden_size
     yield block.attention.out, model.config.query_size
     yield lambda rows: block.mlp(rows, rows), hidden_size

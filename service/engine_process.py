@@ -14,6 +14,7 @@ from pathlib import Path
 import zmq
 import zmq.asyncio
 
+from model.threads import set_wait_policy
 from service.engine.messages import MAX_MESSAGE_BYTES
 
 
@@ -32,10 +33,8 @@ class EngineProcess:
             # A long TMPDIR: the system bounds the length of a socket's path.
             folder.rmdir()
             folder = Path(tempfile.mkdtemp(prefix="vitrine-", dir="/tmp"))
-        environment = os.environ | {
-            # Threads that spin while waiting starve the API process on the same cores.
-            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
-        }
+        environment = dict(os.environ)
+        set_wait_policy(environment)
         process = subprocess.Popen(  # noqa: S603 - our own module, no shell
             [sys.executable, "-m", "service.engine", _endpoint(folder)],
             stdin=subprocess.PIPE,  # never written to; its closing tells the engine we are gone

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from loadtests.peers.folder import Folder
 from loadtests.peers.work import What, Work
+from model.threads import SPIN_COUNT
 
 OURS = "vitrine"
 MODULES = "loadtests.peers.contenders"
@@ -57,7 +58,7 @@ class Column:
 
 COLUMNS = (
     # `vitrine serve` starts its engine with this variable.
-    Column(OURS, "vitrine", environment={"OMP_WAIT_POLICY": "passive"}),
+    Column(OURS, "vitrine", environment={"GOMP_SPINCOUNT": SPIN_COUNT}),
     Column("llama.cpp", "llamacpp_bench", program="llama-batched-bench"),
     Column("openvino", "openvino_genai", in_venv=True),
     Column("transformers", "transformers_generate", package="transformers"),

@@ -13,8 +13,9 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-# Two OpenMP threads that spin starve whatever else runs on the machine.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+from model.threads import set_wait_policy
+
+set_wait_policy(os.environ)  # before torch is imported
 
 import torch
 from tokenizers import Tokenizer

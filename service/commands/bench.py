@@ -17,6 +17,7 @@ from pydantic_settings import NoDecode, SettingsConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from model.threads import set_wait_policy
 from service.bench.workload import Workload
 from service.commands import CommandError
 from service.settings import ModelSettings, SettingsError, engine_config, read_settings
@@ -93,8 +94,7 @@ def run(arguments: list[str]) -> int:
     """Measure, print the table, write the JSON."""
     settings = read_settings(BenchSettings, arguments)
     _check(settings)
-    # Before torch starts its threads: waiting ones must not spin.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    set_wait_policy(os.environ)  # before torch is imported
 
     from model.checkpoint import CheckpointError
     from model.config import ConfigError

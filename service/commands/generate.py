@@ -13,6 +13,7 @@ from pydantic import Field
 from pydantic_settings import CliPositionalArg, SettingsConfigDict
 
 from model.sampling_params import SamplingParams
+from model.threads import set_wait_policy
 from service.commands import CommandError
 from service.settings import ModelSettings, engine_config, read_settings
 
@@ -46,8 +47,7 @@ DEFAULT_MAX_TOKENS = 256
 def run(arguments: list[str]) -> int:
     """Generate until end of text, a stop or max_tokens; Ctrl-C ends it with what is there."""
     settings = read_settings(GenerateSettings, arguments)
-    # Before torch starts its threads: waiting ones must not spin.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    set_wait_policy(os.environ)  # before torch is imported
 
     from model.checkpoint import CheckpointError
     from model.config import ConfigError
