@@ -35,6 +35,7 @@ class Stream:
     stamps: list[float] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     total: int | None = None
+    ended: float = 0.0  # when its last event came
 
 
 async def read_all(
@@ -79,6 +80,7 @@ async def _read_events(reader: asyncio.StreamReader, understand: Callable[[Json]
             if not found or data.startswith(b"[DONE]"):
                 continue
             seen = understand(json.loads(data))
+            stream.ended = now
             stream.token_ids += seen.token_ids
             stream.stamps += [now] * (len(seen.token_ids) + seen.num_unnamed)
             if seen.total is not None:

@@ -67,7 +67,8 @@ def load(
         return from_stamps(
             work,
             began,
-            [stream.stamps for stream in streams],
+            # Tokens withheld until the end came with its last event.
+            [s.stamps + [s.ended] * (output_tokens - len(s.stamps)) for s in streams],
             output_tokens,
             all_visible=all(len(s.stamps) == output_tokens for s in streams),
             first_ids=streams[0].token_ids,
