@@ -1,5 +1,5 @@
-"""Make a loaded model fast on the CPU: weights packed once, compiled kernels for what lies
-between the products; and find out which bits it can promise.
+"""PyTorch on the CPU, where there is no compiled forward: weights packed for oneDNN, and rows
+padded so that deterministic mode can promise its bits.
 """
 
 from __future__ import annotations
@@ -10,9 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.kernels import native
-from model.kernels.native import LANES, NativeKernelError
-from model.layers import LayerNorm, RMSNorm, SwiGLUMLP
 from model.linear import Linear
 from model.transformer import Block, Transformer
 
@@ -37,15 +34,10 @@ class RowPadding:
         return max(self.minimum, -(-rows // self.multiple) * self.multiple)
 
 
-# From free to dearer. A single row is special in float32, for some shapes, to oneDNN's products;
-# MKL's float32 products treat the 1-3 rows left over from fours differently.
-PADDINGS = (RowPadding(), RowPadding(minimum=2), RowPadding(multiple=4))
-
-
-def optimise(model: Transformer) -> list[str]:
-    """Pack every weight and switch to compiled kernels where they can serve; in place.
-    Returns what could not be done and why, a line each."""
-    return [miss for miss in (pack_weights(model), use_compiled_kernels(model)) if miss]
+# From cheap to dearer. A single row is special to torch's reductions, in a norm too rarely visible
+# after rounding to be left to measurement; MKL's float32 products treat the 1-3 rows left over
+# from fours differently.
+PADDINGS = (RowPadding(minimum=2), RowPadding(multiple=4))
 
 
 def pack_weights(model: Transformer) -> str | None:
@@ -62,44 +54,18 @@ def pack_weights(model: Transformer) -> str | None:
     return None
 
 
-def use_compiled_kernels(model: Transformer) -> str | None:
-    """Let norms and SwiGLU run compiled where their sizes allow; why not, if there are no
-    compiled kernels. (Query and key norms are part of the attention kernel.)"""
-    try:
-        kernels = native.load()
-    except NativeKernelError as error:
-        return f"no compiled kernels: {error}"
-    config = model.config
-    for module in model.modules():
-        if isinstance(module, RMSNorm | LayerNorm) and module.weight.shape[0] == config.hidden_size:
-            module.native = kernels if config.hidden_size % LANES == 0 else None
-        elif isinstance(module, SwiGLUMLP):
-            module.native = kernels if config.intermediate_size % LANES == 0 else None
-    return None
-
-
 @torch.inference_mode()
 def choose_padding(model: Transformer) -> RowPadding | None:
     """The cheapest padding under which all that this model does to rows gives each the same
     bits whatever their number, measured on this machine; None if there is none."""
     functions = list(_row_functions(model))
-    # torch's reductions treat a single row differently, in a norm too rarely visible after
-    # rounding to be left to measurement.
-    paddings = PADDINGS if _norms_are_compiled(model) else PADDINGS[1:]
-    for padding in paddings:
+    for padding in PADDINGS:
         if all(
             _holds(function, width, model.embedding.weight, padding)
             for function, width in functions
         ):
             return padding
     return None
-
-
-def _norms_are_compiled(model: Transformer) -> bool:
-    norms = [m for m in model.modules() if isinstance(m, RMSNorm | LayerNorm)]
-    hidden_size, head_dim = model.config.hidden_size, model.config.head_dim
-    outer = all(norm.native is not None for norm in norms if norm.weight.shape[0] == hidden_size)
-    return outer and (not model.config.qk_norm or head_dim % LANES == 0)
 
 
 def _row_functions(model: Transformer) -> Iterator[tuple[Callable[[Tensor], Tensor], int]]:

@@ -1,8 +1,4 @@
-"""Norms and MLPs: what a block does to each token on its own.
-
-The written-out forms are the reference; where `native` is set (model/cpu.py does it), the
-compiled kernel answers instead.
-"""
+"""Norms and MLPs: what a block does to each token on its own."""
 
 from __future__ import annotations
 
@@ -14,7 +10,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.kernels.native import NativeKernels
 from model.linear import Linear
 
 
@@ -25,11 +20,8 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
-        self.native: NativeKernels | None = None
 
     def forward(self, x: Float[Tensor, "*rows size"]) -> Float[Tensor, "*rows size"]:
-        if self.native is not None:
-            return self.native.rms_norm(x, self.weight, self.eps)
         x32 = x.float()
         scale = torch.rsqrt(x32.square().mean(dim=-1, keepdim=True) + self.eps)
         return (x32 * scale).to(x.dtype) * self.weight
@@ -43,11 +35,8 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.bias = nn.Parameter(torch.zeros(size))
         self.eps = eps
-        self.native: NativeKernels | None = None
 
     def forward(self, x: Float[Tensor, "rows size"]) -> Float[Tensor, "rows size"]:
-        if self.native is not None:
-            return self.native.layer_norm(x, self.weight, self.bias, self.eps)
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
@@ -88,20 +77,14 @@ class SwiGLUMLP(nn.Module):
             config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias
         )
         self.down = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.native: NativeKernels | None = None
 
     def forward(
         self,
         x: Float[Tensor, "num_tokens hidden"],
         residual: Float[Tensor, "num_tokens hidden"],
     ) -> Float[Tensor, "num_tokens hidden"]:
-        gate_up = self.gate_up(x)
-        if self.native is not None:
-            gated = self.native.silu_mul(gate_up)
-        else:
-            gate, up = gate_up.chunk(2, dim=-1)
-            gated = F.silu(gate) * up
-        out: Tensor = self.down(gated, residual)
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        out: Tensor = self.down(F.silu(gate) * up, residual)
         return out
 
 

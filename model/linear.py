@@ -2,12 +2,15 @@
 
 Plain, it is `torch.nn.functional.linear`. Packed (`Linear.pack`), the weight is laid out once
 for oneDNN, which reads it from memory 1.5-3 times as fast when there are few rows, and
-takes the activation or the residual after the product along (loadtests/NOTES.md).
+takes the activation or the residual after the product along (loadtests/NOTES.md). Where
+compiled code serves (model/compiled.py), it keeps the weight in its own layout, and this
+module asks for it when somebody still calls it, to explain or to compare.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -31,6 +34,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
         self.packed: Tensor | None = None
+        self.rebuild: Callable[[], Tensor] | None = None
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as torch.nn.Linear does
 
     def forward(
@@ -43,7 +47,7 @@ class Linear(nn.Module):
             else:
                 out = _onednn().binary(x, residual, self.packed, self.bias, "add")
             return out
-        product = F.linear(x, self.weight, self.bias)
+        product = F.linear(x, self.plain_weight(), self.bias)
         return product if residual is None else residual + product
 
     def gelu(
@@ -53,7 +57,7 @@ class Linear(nn.Module):
         if self.packed is not None:
             out: Tensor = _onednn()(x, self.packed, self.bias, "gelu", [], approximate)
             return out
-        return F.gelu(F.linear(x, self.weight, self.bias), approximate=approximate)
+        return F.gelu(F.linear(x, self.plain_weight(), self.bias), approximate=approximate)
 
     def pack(self, *, keep_weight: bool) -> None:
         """Lay the weight out for oneDNN; the plain one is dropped unless `keep_weight` (it
@@ -61,8 +65,23 @@ class Linear(nn.Module):
         weight = self.weight.detach()
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS)
         if not keep_weight:
-            nothing = self.weight.new_empty(0, self.in_features)
-            self.weight = nn.Parameter(nothing, requires_grad=False)
+            self._drop_weight()
+
+    def replace_weight(self, rebuild: Callable[[], Tensor], *, keep_plain: bool) -> None:
+        """From now on `rebuild` makes the weight, anew each time; the plain one is dropped
+        unless `keep_plain` (it is the embedding too)."""
+        self.rebuild = rebuild
+        if not keep_plain:
+            self._drop_weight()
+
+    def plain_weight(self) -> Float[Tensor, "out_features in_features"]:
+        """The weight that products are made with, wherever it is kept. Not for a module packed
+        for oneDNN, which does not give it back."""
+        return self.weight if self.rebuild is None else self.rebuild()
+
+    def _drop_weight(self) -> None:
+        nothing = self.weight.new_empty(0, self.in_features)
+        self.weight = nn.Parameter(nothing, requires_grad=False)
 
 
 def _onednn() -> torch._ops.OpOverloadPacket:

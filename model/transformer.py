@@ -81,6 +81,17 @@ class Transformer(nn.Module):
         """Move the computed tables beside the weights (they are no parameters)."""
         self.position_tables = tuple(table.to(device) for table in self.position_tables)
 
+    def embed(
+        self, input_ids: Int[Tensor, " num_tokens"], positions: Int[Tensor, " num_tokens"]
+    ) -> Float[Tensor, "num_tokens hidden"]:
+        """What enters the first block: tokens, and positions unless they are rotary."""
+        hidden: Tensor = self.embedding(input_ids)
+        if self.position_embedding is not None:
+            return hidden + self.position_embedding(positions)
+        if self.config.position == "sinusoidal":
+            return hidden + self.position_tables[0][positions].to(hidden.dtype)
+        return hidden
+
     def forward(
         self,
         input_ids: Int[Tensor, " num_tokens"],
@@ -88,13 +99,9 @@ class Transformer(nn.Module):
         attend: AttentionStep,
     ) -> Float[Tensor, "num_tokens hidden"]:
         """Hidden states after the final norm; `attend` says which tokens see which."""
-        hidden = self.embedding(input_ids)
+        hidden = self.embed(input_ids, positions)
         rotary = None
-        if self.position_embedding is not None:
-            hidden = hidden + self.position_embedding(positions)
-        elif self.config.position == "sinusoidal":
-            hidden = hidden + self.position_tables[0][positions].to(hidden.dtype)
-        else:
+        if self.config.position == "rotary":
             cos_table, sin_table = self.position_tables
             rotary = RotaryPositions(cos_table, sin_table, positions)
         for block in self.blocks:

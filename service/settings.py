@@ -50,8 +50,10 @@ class ModelSettings(CommandSettings):
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="of weights and KV cache; auto: float32 on a CPU, else the checkpoint's"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
+        "auto",
+        description="of weights and KV cache; auto: float32 on a CPU, else the checkpoint's; int8: "
+        "weights of products in int8, the rest in bfloat16 (CPU)",
     )
     max_model_len: int | None = Field(
         None, ge=1, description="context length in tokens; without it, the model's own"

@@ -1,8 +1,8 @@
-"""Compiles and loads model/kernels/cpu_kernels.c.
+"""Compiles and loads the C files beside it.
 
-The library is built once per source, compiler flags and processor, in about a second, and
-kept in the user's cache folder. A machine without a C compiler serves through the PyTorch
-twin (model/backends/cpu.py) instead.
+The library is built once per source, compiler flags and processor, in a few seconds, and
+kept in the user's cache folder. A machine without a C compiler serves through PyTorch
+(`EagerForward` in model/forward.py) instead.
 """
 
 from __future__ import annotations
@@ -14,15 +14,13 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from model.kernels.structs import FORWARD_ARGUMENTS
 
-SOURCE = Path(__file__).with_name("cpu_kernels.c")
+SOURCES = tuple(Path(__file__).with_name(f"{name}.c") for name in ("forward", "linear", "attention"))
+HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("kernels", "vectors"))
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fopenmp", "-fPIC", "-shared")
 BUILD_LIMIT_S = 120
 LANES = 16  # sizes that the kernels take are multiples of this
@@ -32,109 +30,19 @@ class NativeKernelError(RuntimeError):
     """The kernels cannot be built or loaded here; the message says why."""
 
 
-class Shape(ctypes.Structure):
-    """`Shape` of cpu_kernels.c, field by field."""
-
-    _fields_ = (
-        ("num_seqs", ctypes.c_int64),
-        ("num_heads", ctypes.c_int64),
-        ("num_kv_heads", ctypes.c_int64),
-        ("head_dim", ctypes.c_int64),
-        ("block_size", ctypes.c_int64),
-        ("max_blocks", ctypes.c_int64),
-        ("window", ctypes.c_int64),
-        ("is_bf16", ctypes.c_int64),
-        ("qkv_stride", ctypes.c_int64),
-        ("scale", ctypes.c_float),
-        ("norm_eps", ctypes.c_float),
-        ("query_norm", ctypes.c_void_p),
-        ("key_norm", ctypes.c_void_p),
-        ("cos", ctypes.c_void_p),
-        ("sin", ctypes.c_void_p),
-        ("positions", ctypes.c_void_p),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class NativeKernels:
-    """The compiled kernels, called on tensors. float32 or bfloat16, contiguous, on the CPU."""
-
-    library: ctypes.CDLL
-
-    def rms_norm(
-        self, x: Float[Tensor, "rows size"], weight: Float[Tensor, " size"], eps: float
-    ) -> Float[Tensor, "rows size"]:
-        """x / sqrt(mean(x^2) + eps) * weight; size must be a multiple of LANES."""
-        out = torch.empty_like(x)
-        self.library.vitrine_rms_norm(
-            x.data_ptr(),
-            weight.data_ptr(),
-            out.data_ptr(),
-            x.shape[0],
-            x.shape[1],
-            eps,
-            x.dtype == torch.bfloat16,
-        )
-        return out
-
-    def layer_norm(
-        self,
-        x: Float[Tensor, "rows size"],
-        weight: Float[Tensor, " size"],
-        bias: Float[Tensor, " size"],
-        eps: float,
-    ) -> Float[Tensor, "rows size"]:
-        """(x - mean) / sqrt(variance + eps) * weight + bias; size must be a multiple of LANES."""
-        out = torch.empty_like(x)
-        self.library.vitrine_layer_norm(
-            x.data_ptr(),
-            weight.data_ptr(),
-            bias.data_ptr(),
-            out.data_ptr(),
-            x.shape[0],
-            x.shape[1],
-            eps,
-            x.dtype == torch.bfloat16,
-        )
-        return out
-
-    def silu_mul(self, gate_up: Float[Tensor, "rows two_sizes"]) -> Float[Tensor, "rows size"]:
-        """SiLU(gate) * up of [gate | up]; size must be a multiple of LANES."""
-        rows, size = gate_up.shape[0], gate_up.shape[1] // 2
-        out = torch.empty(rows, size, dtype=gate_up.dtype)
-        self.library.vitrine_silu_mul(
-            gate_up.data_ptr(), out.data_ptr(), rows, size, gate_up.dtype == torch.bfloat16
-        )
-        return out
-
-
 @cache
-def load() -> NativeKernels:
+def load() -> ctypes.CDLL:
     """The compiled kernels, built first if need be. Raises `NativeKernelError`."""
-    path = _cache_folder() / f"cpu_kernels-{_fingerprint()}.so"
+    path = _cache_folder() / f"kernels-{_fingerprint()}.so"
     if not path.exists():
         _build(path)
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise NativeKernelError(f"{path.name} does not load: {error}") from error
-    pointer, count = ctypes.c_void_p, ctypes.c_int64
-    library.vitrine_attention.argtypes = [
-        ctypes.POINTER(Shape),
-        *(pointer,) * 4,
-        count,
-        pointer,
-        count,
-        *(pointer,) * 4,
-    ]
-    library.vitrine_attention.restype = None
-    library.vitrine_rms_norm.argtypes = [*(pointer,) * 3, count, count, ctypes.c_float, count]
-    library.vitrine_rms_norm.restype = None
-    library.vitrine_layer_norm.argtypes = [*(pointer,) * 4, count, count, ctypes.c_float, count]
-    library.vitrine_layer_norm.restype = None
-    library.vitrine_silu_mul.argtypes = [pointer, pointer, count, count, count]
-    library.vitrine_silu_mul.restype = None
-    return NativeKernels(library)
+    library.vitrine_forward.argtypes = list(FORWARD_ARGUMENTS)
+    library.vitrine_forward.restype = None
+    return library
 
 
 def _compiler() -> str:
@@ -151,7 +59,7 @@ def _fingerprint() -> str:
     if info.exists():
         lines = info.read_text().splitlines()
         processor += "".join(x for x in lines if x.startswith(("model name", "flags")))[:8192]
-    text = SOURCE.read_text() + " ".join(FLAGS) + processor
+    text = "".join(path.read_text() for path in SOURCES + HEADERS) + " ".join(FLAGS) + processor
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -172,7 +80,7 @@ def _cache_folder() -> Path:
 def _build(path: Path) -> None:
     """Compile beside the target and rename: another process never loads half a library."""
     beside = path.with_suffix(f".{os.getpid()}")
-    command = [_compiler(), *FLAGS, str(SOURCE), "-o", str(beside), "-lm"]
+    command = [_compiler(), *FLAGS, *map(str, SOURCES), "-o", str(beside), "-lm"]
     try:
         done = subprocess.run(  # noqa: S603 - our own source, the user's compiler
             command, capture_output=True, text=True, timeout=BUILD_LIMIT_S, check=False

@@ -61,7 +61,7 @@ def run_workload(core: EngineCore, workload: Workload, number: int) -> Run:
     """One run; its `number` gives it prompts of its own. A shared prefix is in the cache
     when it begins, as a system prompt is on a server that has been running. Raises
     `WorkloadError`."""
-    vocab_size = core.runner.model.config.vocab_size
+    vocab_size = core.runner.config.vocab_size
     arrivals = make_arrivals(workload, vocab_size, number)
     if workload.shared_prefix_len:
         prefix = shared_prefix(workload, vocab_size, number)

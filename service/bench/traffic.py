@@ -49,8 +49,8 @@ class Traffic:
         return sum(context if window is None else min(context, window) for window in self.windows)
 
 
-def traffic_of(config: ModelConfig, dtype: torch.dtype) -> Traffic:
-    """Count an architecture's matrices."""
+def traffic_of(config: ModelConfig, dtype: torch.dtype, *, int8: bool = False) -> Traffic:
+    """Count an architecture's matrices; `int8`: a byte a weight, keys and values in `dtype`."""
     inspection = inspect(config)
     outside = sum(m.total for m in inspection.matrices if m.group == "embedding")
     head = config.vocab_size * config.hidden_size
@@ -61,7 +61,7 @@ def traffic_of(config: ModelConfig, dtype: torch.dtype) -> Traffic:
         if matrix.group in ("attention", "MLP") and len(matrix.shape) == 2
     )
     return Traffic(
-        weight_bytes=read * dtype.itemsize,
+        weight_bytes=read * (1 if int8 else dtype.itemsize),
         kv_bytes_per_token=bytes_per_block(config, 1, dtype),
         layer_parameters=in_layers,
         head_parameters=head,

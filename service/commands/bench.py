@@ -137,10 +137,11 @@ def _bench(settings: BenchSettings) -> int:
             f"--prompt-len {settings.prompt_len} and --output-len {settings.output_len} make "
             f"{needed} tokens; the context holds {info.context_length}"
         )
-    device, dtype = torch.device(info.device), core.runner.model.embedding.weight.dtype
+    device = torch.device(info.device)
+    dtype = torch.bfloat16 if info.dtype == "int8" else getattr(torch, info.dtype)
     machine = describe_machine(device)
     roofline = measure_roofline(device, dtype)
-    traffic = traffic_of(core.runner.model.config, dtype)
+    traffic = traffic_of(core.runner.config, dtype, int8=info.dtype == "int8")
     reset_peak_memory()
     measurements: list[Measurement] = []
     status = 0

@@ -96,7 +96,7 @@ class EngineCore:
 
     def _refusal(self, request: Submit) -> str | None:
         """The API refuses these at the door; the engine does not rely on it."""
-        vocab_size = self.runner.model.config.vocab_size
+        vocab_size = self.runner.config.vocab_size
         ids = request.prompt_token_ids + request.output_token_ids
         if not request.prompt_token_ids:
             return "the prompt is empty"

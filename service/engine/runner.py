@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from model.backends.base import AttentionBackend
 from model.batch import ForwardBatch
+from model.config import ModelConfig
 from model.cpu import RowPadding
+from model.forward import Forward
 from model.sampling import SampledTokens, SamplingBatch, SamplingRow, sample
-from model.transformer import Transformer
 from service.engine.profile import StepProfile
 from service.engine.scheduler import Scheduled
 from service.engine.sequence import Sequence
@@ -23,8 +23,8 @@ NOTHING_SAMPLED = SampledTokens(torch.empty(0, dtype=torch.int64))
 class Runner:
     """Runs the model over what the scheduler chose."""
 
-    model: Transformer
-    backend: AttentionBackend
+    forward: Forward
+    config: ModelConfig
     block_size: int
     eos_token_ids: tuple[int, ...]
     device: torch.device
@@ -38,20 +38,17 @@ class Runner:
         that samples. The time each part took is added to `profile`."""
         began = time.monotonic()
         batch = build_batch(step, self.block_size, self.padding, self.device)
-        attend = self.backend.begin(batch)
         rows = [_sampling_row(item.sequence) for item in step if item.samples]
         sampling = SamplingBatch.build(
-            rows, self.model.config.vocab_size, self.device, self.eos_token_ids
+            rows, self.config.vocab_size, self.device, self.eos_token_ids
         )
         built = time.monotonic()
         profile.build_s += built - began
-        hidden = self.model(batch.input_ids, batch.positions, attend)
-        if not rows:
-            profile.forward_s += time.monotonic() - built
-            return NOTHING_SAMPLED
-        logits = self.model.logits(hidden[batch.logits_rows])[: len(rows)]
+        logits = self.forward(batch)[: len(rows)]
         forwarded = time.monotonic()
         profile.forward_s += forwarded - built
+        if not rows:
+            return NOTHING_SAMPLED
         sampled = sample(logits, sampling)
         profile.sample_s += time.monotonic() - forwarded
         return sampled

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import torch
 
-from model import cpu
-from model.backends.select import select_backend
 from model.checkpoint import load_checkpoint
 from model.checkpoint_files import read_checkpoint_info
 from model.config import ModelConfig
 from model.cpu import RowPadding
 from model.kv_cache import KVCache, bytes_per_block
+from model.select import Int8UnavailableError, select_forward
 from model.transformer import Transformer
 from service.engine.blocks import BlockPool
 from service.engine.core import EngineCore
@@ -24,7 +23,12 @@ from service.engine.scheduler import Limits, Scheduler
 
 log = logging.getLogger("vitrine.engine")
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.bfloat16,  # of everything but the weights of products
+}
 # Without an instruction the cache holds this many full-length sequences, or this many
 # bytes, whichever is less.
 DEFAULT_CACHE_SEQUENCES = 64
@@ -102,18 +106,6 @@ def assemble(
     """
     device, max_model_len = model.embedding.weight.device, model.max_positions
     num_parameters = sum(p.numel() for p in model.parameters())
-    weight_bytes = sum(p.nbytes for p in model.parameters())
-    padding: RowPadding | None = None
-    if device.type == "cpu":
-        for miss in cpu.optimise(model):
-            log.warning("%s", miss)
-        if config.deterministic:
-            padding = cpu.choose_padding(model)
-            if padding is None:
-                log.warning(
-                    "this processor gives a row other bits beside other rows whatever the "
-                    "padding: tokens may depend on the load"
-                )
     dtype = model.embedding.weight.dtype
     num_blocks = _num_blocks(config, model.config, dtype, max_model_len)
     cache = KVCache.allocate(
@@ -123,25 +115,30 @@ def assemble(
         dtype=dtype,
         device=device,
     )
-    selection = select_backend(model.config, cache)
-    if selection.reason:
-        log.warning("attention runs on %s: %s", selection.name, selection.reason)
+    try:
+        selection = select_forward(
+            model, cache, deterministic=config.deterministic, int8=config.dtype == "int8"
+        )
+    except Int8UnavailableError as error:
+        raise StartError(f"dtype int8 cannot be served here: {error}") from error
+    for miss in selection.misses:
+        log.warning("%s", miss)
     limits = Limits(config.max_num_seqs, config.max_batched_tokens, max_model_len)
     core = EngineCore(
         Scheduler(limits, BlockPool(num_blocks, config.block_size)),
         Runner(
-            model,
-            selection.backend,
+            selection.forward,
+            model.config,
             config.block_size,
             eos_token_ids,
             device,
-            padding=padding or RowPadding(),
+            padding=selection.padding or RowPadding(),
         ),
     )
     info = ModelInfo(
         family=model.config.family,
         num_parameters=num_parameters,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype="int8" if config.dtype == "int8" else str(dtype).removeprefix("torch."),
         device=str(device),
         vocab_size=model.config.vocab_size,
         num_layers=model.config.num_layers,
@@ -154,11 +151,11 @@ def assemble(
         block_size=config.block_size,
         num_blocks=num_blocks,
         kv_cache_bytes=cache.keys.nbytes + cache.values.nbytes,
-        weight_bytes=weight_bytes,
+        weight_bytes=selection.weight_bytes,
         load_s=time.monotonic() - began,
         torch_version=str(torch.__version__),
         threads=torch.get_num_threads(),
-        deterministic=padding is not None,
+        deterministic=config.deterministic and selection.padding is not None,
         attention_backend=selection.name,
     )
     return core, info

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from model.backends.base import AttentionBackend
 from model.backends.cpu import CpuBackend
 from model.config import ModelConfig
 from model.cpu import RowPadding, choose_padding
+from model.forward import EagerForward, Forward
 from model.kv_cache import KVCache
 from model.sampling_params import SamplingParams
 from model.transformer import Transformer
@@ -36,8 +36,8 @@ TINY = ModelConfig(
 )
 
 
-# What the compiled kernel takes: heads of a multiple of 16.
-TINY_NATIVE = replace(TINY, num_heads=3, num_kv_heads=1, head_dim=16, qk_norm=True)
+# What compiled code takes: sizes of multiples of 16.
+TINY_COMPILED = replace(TINY, num_heads=3, num_kv_heads=1, head_dim=16, qk_norm=True)
 
 # LayerNorm, GELU, biases and learned positions take other code than the above.
 TINY_GPT2 = ModelConfig(
@@ -69,6 +69,11 @@ def random_model(config: ModelConfig = TINY, seed: int = 0) -> Transformer:
     return model
 
 
+def eager_forward(model: Transformer, cache: KVCache) -> EagerForward:
+    """The PyTorch twin of what serves."""
+    return EagerForward(model, CpuBackend(model.config, cache))
+
+
 def make_core(
     model: Transformer,
     *,
@@ -76,9 +81,10 @@ def make_core(
     block_size: int = 8,
     max_num_seqs: int = 16,
     max_batched_tokens: int = 64,
-    make_backend: Callable[[ModelConfig, KVCache], AttentionBackend] = CpuBackend,
+    make_forward: Callable[[Transformer, KVCache], Forward] | None = None,
 ) -> EngineCore:
-    """An engine around `model` with a cache of its own."""
+    """An engine around `model` with a cache of its own; in plain torch, its rows padded for
+    deterministic mode, unless `make_forward` says otherwise."""
     config = model.config
     cache = KVCache.allocate(
         config,
@@ -90,12 +96,12 @@ def make_core(
     return EngineCore(
         Scheduler(limits, BlockPool(num_blocks, block_size)),
         Runner(
-            model,
-            make_backend(config, cache),
+            make_forward(model, cache) if make_forward else eager_forward(model, cache),
+            config,
             block_size,
             (EOS,),
             torch.device("cpu"),
-            padding=choose_padding(model) or RowPadding(),
+            padding=RowPadding() if make_forward else choose_padding(model) or RowPadding(),
         ),
     )
 

@@ -6,15 +6,14 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
 
-from model.backends.base import AttentionBackend
-from model.backends.cpu import CpuBackend
-from model.backends.cpu_native import NativeCpuBackend
+from model.compiled import CompiledForward
 from model.config import ModelConfig
-from model.cpu import optimise
+from model.forward import Forward
 from model.kv_cache import KVCache
 from model.transformer import Transformer
 from service.engine.core import EngineCore
@@ -22,7 +21,7 @@ from service.engine.messages import Submit
 from tests.engine.engines import (
     EOS,
     TINY_GPT2,
-    TINY_NATIVE,
+    TINY_COMPILED,
     VOCAB_SIZE,
     Result,
     collect,
@@ -37,11 +36,16 @@ POISON = VOCAB_SIZE - 1
 
 @dataclass(frozen=True)
 class Setup:
-    """A model and what computes its attention."""
+    """A model and what runs it; None: plain torch."""
 
     model: Transformer
-    backend: Callable[[ModelConfig, KVCache], AttentionBackend]
     block_size: int
+    make_forward: Callable[[Transformer, KVCache], Forward] | None = None
+
+    @property
+    def num_requests(self) -> int:
+        """For the long test: plain torch is slow."""
+        return 200 if self.make_forward else 50
 
     def core(self, *, num_blocks: int = 64, max_batched_tokens: int = 256) -> EngineCore:
         return make_core(
@@ -49,27 +53,27 @@ class Setup:
             num_blocks=num_blocks,
             block_size=self.block_size,
             max_batched_tokens=max_batched_tokens,
-            make_backend=self.backend,
+            make_forward=self.make_forward,
         )
 
 
 def plain_setup() -> Setup:
     """What serves where nothing can be packed or compiled."""
-    return Setup(random_model(), CpuBackend, 8)
+    return Setup(random_model(), 8)
 
 
-def served_setup(config: ModelConfig, dtype: torch.dtype) -> Setup:
-    """As it is served: packed weights, compiled kernels."""
-    model = random_model(config).to(dtype)
-    assert optimise(model) == []
-    return Setup(model, NativeCpuBackend.create, 16)
+def served_setup(config: ModelConfig, dtype: torch.dtype, *, int8: bool = False) -> Setup:
+    """As it is served: compiled."""
+    make_forward = partial(CompiledForward, int8=int8)
+    return Setup(random_model(config).to(dtype), 16, make_forward)
 
 
 SETUPS: dict[str, Callable[[], Setup]] = {
     "torch fp32": plain_setup,
-    "torch bf16": lambda: Setup(random_model().to(torch.bfloat16), CpuBackend, 8),
-    "native fp32": lambda: served_setup(TINY_NATIVE, torch.float32),
-    "native bf16": lambda: served_setup(TINY_NATIVE, torch.bfloat16),
+    "torch bf16": lambda: Setup(random_model().to(torch.bfloat16), 8),
+    "compiled fp32": lambda: served_setup(TINY_COMPILED, torch.float32),
+    "compiled bf16": lambda: served_setup(TINY_COMPILED, torch.bfloat16),
+    "compiled int8": lambda: served_setup(TINY_COMPILED, torch.bfloat16, int8=True),
     "gpt2 fp32": lambda: served_setup(TINY_GPT2, torch.float32),
 }
 
@@ -126,9 +130,9 @@ def run_with_arrivals(core: EngineCore, requests: list[Submit], seed: int) -> di
 
 
 @pytest.mark.slow
-def test_200_random_requests_get_what_each_gets_alone(setup: Setup) -> None:
+def test_many_random_requests_get_what_each_gets_alone(setup: Setup) -> None:
     """In a crowd, in chunks, from a cached prefix, preempted or not: bit for bit."""
-    requests = random_requests(200, seed=1)
+    requests = random_requests(setup.num_requests, seed=1)
     # 320 tokens: about a third of what 16 sequences want, so preemptions happen.
     core = setup.core(num_blocks=320 // setup.block_size, max_batched_tokens=48)
     results = run_with_arrivals(core, requests, seed=2)

@@ -2,7 +2,7 @@
 
     python -m tests.model.parity
 
-prints the largest absolute difference of any logit for every family, shape, backend and
+prints the largest absolute difference of any logit for every family, shape, forward and
 prompt length, each computed whole, in chunks and token by token through the paged cache.
 tests/model/test_parity.py holds the same figures under a bound.
 """
@@ -25,16 +25,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from model.backends import cpu_native
-from model.backends.base import AttentionBackend
+from model import compiled
 from model.backends.cpu import CpuBackend
-from model.backends.cpu_native import NativeCpuBackend
 from model.backends.reference import ReferenceBackend
 from model.batch import single_sequence
 from model.checkpoint import Checkpoint, load_checkpoint
+from model.compiled import CompiledForward
 from model.config import ModelConfig
-from model.cpu import optimise
+from model.forward import EagerForward, Forward
 from model.kv_cache import KVCache
+from model.transformer import Transformer
 
 BOUND = 1e-4
 PROMPT_LENGTHS = (1, 17, 200)
@@ -42,18 +42,18 @@ CHUNKS = {"whole": 10_000, "chunks of 48": 48, "token by token": 1}
 NUM_GREEDY = 64
 BLOCK_SIZE = 16
 VOCAB_SIZE = 199
-BACKENDS: dict[str, Callable[[ModelConfig, KVCache], AttentionBackend]] = {
-    "reference": ReferenceBackend,
-    "cpu-torch": CpuBackend,
-    "cpu-native": NativeCpuBackend.create,
+FORWARDS: dict[str, Callable[[Transformer, KVCache], Forward]] = {
+    "reference": lambda model, cache: EagerForward(model, ReferenceBackend(model.config, cache)),
+    "cpu-torch": lambda model, cache: EagerForward(model, CpuBackend(model.config, cache)),
+    "cpu-compiled": lambda model, cache: CompiledForward(copy.deepcopy(model), cache),
 }
 
 
-def backends_for(config: ModelConfig) -> list[str]:
-    """The backends that can run a model: the compiled one takes head sizes of 16, 32, ..."""
+def forwards_for(config: ModelConfig) -> list[str]:
+    """The forwards that can run a model: the compiled one takes sizes of 16, 32, ..."""
     cache = KVCache.allocate(config, num_blocks=1, block_size=BLOCK_SIZE, dtype=torch.float32)
-    can_run_native = cpu_native.unsupported(config, cache) is None
-    return [name for name in BACKENDS if name != "cpu-native" or can_run_native]
+    can_run_compiled = compiled.unsupported(config, cache) is None
+    return [name for name in FORWARDS if name != "cpu-compiled" or can_run_compiled]
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,7 @@ OLD_LINEAR = {
 
 CASES = (
     Case("gpt2", "tied", {}),
+    Case("gpt2", "exact GELU", {"activation_function": "gelu"}),
     Case(
         "gpt2",
         "untied, n_inner 100, exact GELU",
@@ -253,16 +254,12 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
 class PagedRun:
     """One sequence through our model and a paged cache, whose blocks lie in disorder."""
 
-    def __init__(self, checkpoint: Checkpoint, backend: str, max_tokens: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, forward: str, max_tokens: int) -> None:
         num_blocks = -(-max_tokens // BLOCK_SIZE)
         cache = KVCache.allocate(
             checkpoint.config, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=torch.float32
         )
-        self._model = checkpoint.model
-        if backend == "cpu-native":  # all that serving puts in the way of the plain layers
-            self._model = copy.deepcopy(checkpoint.model)
-            assert optimise(self._model) == []
-        self._backend: AttentionBackend = BACKENDS[backend](checkpoint.config, cache)
+        self._forward = FORWARDS[forward](checkpoint.model, cache)
         order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(num_blocks))
         self._block_table = order.tolist()
         self._length = 0
@@ -274,22 +271,21 @@ class PagedRun:
             token_ids, start=self._length, block_table=self._block_table, block_size=BLOCK_SIZE
         )
         self._length += len(token_ids)
-        hidden = self._model(batch.input_ids, batch.positions, self._backend.begin(batch))
-        return self._model.logits(hidden)
+        return self._forward(batch).clone()
 
 
-def our_logits(checkpoint: Checkpoint, backend: str, token_ids: list[int], chunk: int) -> Tensor:
+def our_logits(checkpoint: Checkpoint, forward: str, token_ids: list[int], chunk: int) -> Tensor:
     """Every token's logits, `chunk` tokens a forward."""
-    run = PagedRun(checkpoint, backend, len(token_ids))
+    run = PagedRun(checkpoint, forward, len(token_ids))
     parts = [token_ids[i : i + chunk] for i in range(0, len(token_ids), chunk)]
     return torch.cat([run.feed(part) for part in parts])
 
 
 def our_greedy(
-    checkpoint: Checkpoint, backend: str, token_ids: list[int], num_tokens: int
+    checkpoint: Checkpoint, forward: str, token_ids: list[int], num_tokens: int
 ) -> list[int]:
     """The likeliest token again and again."""
-    run = PagedRun(checkpoint, backend, len(token_ids) + num_tokens)
+    run = PagedRun(checkpoint, forward, len(token_ids) + num_tokens)
     chosen: list[int] = []
     logits = run.feed(token_ids)
     while True:
@@ -307,21 +303,21 @@ def prompt(length: int) -> list[int]:
 
 
 def differences(
-    oracle: Oracle, checkpoint: Checkpoint, backend: str
+    oracle: Oracle, checkpoint: Checkpoint, forward: str
 ) -> Iterator[tuple[int, str, float]]:
     """(prompt length, how it was fed, largest absolute difference of any logit)."""
     for length in PROMPT_LENGTHS:
         ids = prompt(length)
         theirs = oracle.logits(ids)
         for how, chunk in CHUNKS.items():
-            ours = our_logits(checkpoint, backend, ids, chunk)
+            ours = our_logits(checkpoint, forward, ids, chunk)
             yield length, how, float((ours - theirs).abs().max())
 
 
 def table() -> Table:
-    """Every case and backend, worst of the three ways to feed a prompt."""
+    """Every case and forward, worst of the three ways to feed a prompt."""
     shown = Table(title="largest absolute difference from transformers' logits, float32")
-    for heading in ("family", "shape", "backend"):
+    for heading in ("family", "shape", "forward"):
         shown.add_column(heading)
     for length in PROMPT_LENGTHS:
         shown.add_column(f"{length} tokens", justify="right")
@@ -333,15 +329,15 @@ def table() -> Table:
             checkpoint = load_checkpoint(Path(directory))
             expected = oracle.greedy(prompt(17), NUM_GREEDY)
             largest = float(oracle.logits(prompt(200)).abs().max())
-            for backend in backends_for(checkpoint.config):
+            for forward in forwards_for(checkpoint.config):
                 worst = dict.fromkeys(PROMPT_LENGTHS, 0.0)
-                for length, _, difference in differences(oracle, checkpoint, backend):
+                for length, _, difference in differences(oracle, checkpoint, forward):
                     worst[length] = max(worst[length], difference)
-                same = our_greedy(checkpoint, backend, prompt(17), NUM_GREEDY) == expected
+                same = our_greedy(checkpoint, forward, prompt(17), NUM_GREEDY) == expected
                 shown.add_row(
                     case.family,
                     case.shape,
-                    backend,
+                    forward,
                     *(f"{worst[length]:.1e}" for length in PROMPT_LENGTHS),
                     f"+-{largest:.1f}",
                     f"same, {len(set(expected))} distinct" if same else "DIFFERENT",

@@ -15,7 +15,7 @@ from tests.model.parity import (
     NUM_GREEDY,
     Case,
     Oracle,
-    backends_for,
+    forwards_for,
     differences,
     make_oracle,
     our_greedy,
@@ -41,17 +41,17 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_logits_equal(pair: Pair) -> None:
-    for backend in backends_for(pair.checkpoint.config):
-        for length, how, difference in differences(pair.oracle, pair.checkpoint, backend):
-            assert difference <= BOUND, f"{backend}, {length} tokens {how}: {difference}"
+    for forward in forwards_for(pair.checkpoint.config):
+        for length, how, difference in differences(pair.oracle, pair.checkpoint, forward):
+            assert difference <= BOUND, f"{forward}, {length} tokens {how}: {difference}"
 
 
 def test_greedy_continuations_equal(pair: Pair) -> None:
     ids = prompt(17)
     expected = pair.oracle.greedy(ids, NUM_GREEDY)
     assert len(set(expected)) > 4, "too uniform to tell two models apart"
-    for backend in backends_for(pair.checkpoint.config):
-        assert our_greedy(pair.checkpoint, backend, ids, NUM_GREEDY) == expected, backend
+    for forward in forwards_for(pair.checkpoint.config):
+        assert our_greedy(pair.checkpoint, forward, ids, NUM_GREEDY) == expected, forward
 
 
 def test_shards_are_shards(tmp_path: Path) -> None:

@@ -1,0 +1,205 @@
+"""The whole forward as one compiled call: how a CPU serves.
+
+Packs a model's weights for model/kernels/forward.c and drops the plain ones. Its twin is the
+`Transformer` in PyTorch; a row's bits depend neither on the rows beside it nor on how the
+step is cut (model/kernels/linear.c, attention.c).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from model.batch import ForwardBatch
+from model.config import ModelConfig
+from model.kernels import native, structs
+from model.kernels.native import LANES
+from model.kernels.packing import PackedLinear, WeightKind, pack
+from model.kv_cache import KVCache
+from model.layers import GeluMLP, LayerNorm, RMSNorm, SwiGLUMLP
+from model.linear import Linear
+from model.transformer import Block, Transformer
+
+MAX_HEAD_DIM = 256
+MAX_BLOCK_SIZE = 128
+JOB_QUERIES = 32  # queries of a chunk that one thread takes at a time
+PANEL_OUTPUTS = 64  # outputs of a product that one thread takes at a time
+
+
+def unsupported(config: ModelConfig, cache: KVCache) -> str | None:
+    """Why compiled code cannot run this model, or None when it can."""
+    sizes = {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "head_dim": config.head_dim,
+        "block_size": cache.block_size,
+    }
+    for name, size in sizes.items():
+        if size % LANES:
+            return f"{name} {size} is not a multiple of {LANES}"
+    if config.head_dim > MAX_HEAD_DIM:
+        return f"head_dim {config.head_dim} is over {MAX_HEAD_DIM}"
+    if cache.block_size > MAX_BLOCK_SIZE:
+        return f"block_size {cache.block_size} is over {MAX_BLOCK_SIZE}"
+    if cache.keys.dtype not in (torch.float32, torch.bfloat16):
+        return f"a {cache.keys.dtype} cache; float32 and bfloat16 are"
+    return None
+
+
+@dataclass(slots=True)
+class Scratch:
+    """Buffers of a step, kept between steps: fresh ones would be paged in each time."""
+
+    config: ModelConfig
+    dtype: torch.dtype
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def at_least(self, name: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        """(rows, width), with whatever is in it."""
+        held = self.tensors.get(name)
+        if held is None or held.shape[0] < rows:
+            held = self.tensors[name] = torch.empty(rows, width, dtype=dtype)
+        return held[:rows]
+
+
+class CompiledForward:
+    """`Forward` in compiled code. Made once; the model's plain weights are gone afterwards
+    (`weights` gives them back, block by block)."""
+
+    def __init__(self, model: Transformer, cache: KVCache, *, int8: bool = False) -> None:
+        """Raises `NativeKernelError` where the kernels cannot be built. The model's dtype is
+        that of the cache; `int8` rounds the weights of all products."""
+        self._library = native.load()
+        self._model, self._cache = model, cache
+        self._dtype = cache.keys.dtype
+        self._kind: WeightKind = "bfloat16" if self._dtype == torch.bfloat16 else "float32"
+        if int8:
+            self._kind = "int8"
+        self._kept: list[Tensor | PackedLinear] = []  # what the structs point into
+        config = model.config
+        self._layers = (structs.Layer * config.num_layers)(
+            *(self._layer(block, layer) for layer, block in enumerate(model.blocks))
+        )
+        self._struct = structs.Model(
+            num_layers=config.num_layers,
+            hidden_size=config.hidden_size,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            block_size=cache.block_size,
+            is_bf16=self._dtype == torch.bfloat16,
+            activation=structs.ACTIVATIONS[config.mlp],
+            norm_eps=config.norm_eps,
+            scale=1 / math.sqrt(config.head_dim),
+            layers=self._layers,
+            final_norm=self._norm(model.final_norm),
+            lm_head=self._linear(model.lm_head),
+        )
+        if config.position == "rotary":
+            cos, sin = model.position_tables
+            self._kept += [cos, sin]
+            self._struct.cos, self._struct.sin = cos.data_ptr(), sin.data_ptr()
+        self._scratch = Scratch(config, self._dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything packed, without the embedding."""
+        return sum(kept.nbytes for kept in self._kept)
+
+    def __call__(self, batch: ForwardBatch) -> Float[Tensor, "num_logits vocab_size"]:
+        model, config = self._model, self._model.config
+        rows, num_logits = batch.num_tokens, int(batch.logits_rows.shape[0])
+        threads = torch.get_num_threads()
+        hidden = model.embed(batch.input_ids, batch.positions)
+        jobs = _jobs(batch)
+        tables = batch.block_tables.contiguous()
+
+        def scratch(name: str, width: int) -> int:
+            return self._scratch.at_least(name, rows, width, self._dtype).data_ptr()
+
+        step = structs.Step(
+            num_threads=threads,
+            num_tokens=rows,
+            max_blocks=tables.shape[1],
+            num_jobs=jobs.shape[0],
+            num_logits=num_logits,
+            positions=batch.positions.data_ptr(),
+            slots=batch.slot_mapping.data_ptr(),
+            jobs=jobs.data_ptr(),
+            query_start=batch.query_start.data_ptr(),
+            context_lens=batch.context_lens.data_ptr(),
+            tables=tables.data_ptr(),
+            logits_rows=batch.logits_rows.data_ptr(),
+            hidden=hidden.data_ptr(),
+            normed=scratch("normed", config.hidden_size),
+            qkv=scratch("qkv", config.query_size + 2 * config.kv_size),
+            mixed=scratch("mixed", config.query_size),
+            gated=scratch("gated", config.intermediate_size),
+        )
+        if self._kind == "int8":
+            widest = max(config.hidden_size, config.intermediate_size, config.query_size)
+            panels = self._scratch.at_least(
+                "panels", threads, PANEL_OUTPUTS * widest, torch.bfloat16
+            )
+            step.panels = panels.data_ptr()
+        logits = self._scratch.at_least("logits", num_logits, config.vocab_size, torch.float32)
+        step.logits = logits.data_ptr()
+        self._library.vitrine_forward(ctypes.byref(self._struct), ctypes.byref(step))
+        return logits
+
+    def _layer(self, block: nn.Module, layer: int) -> structs.Layer:
+        if not isinstance(block, Block):
+            raise TypeError(f"a transformer of {type(block).__name__}")
+        attention, mlp = block.attention, block.mlp
+        if not isinstance(mlp, GeluMLP | SwiGLUMLP):
+            raise TypeError(f"an MLP of {type(mlp).__name__}")
+        gated = isinstance(mlp, SwiGLUMLP)
+        return structs.Layer(
+            attention_norm=self._norm(block.attention_norm),
+            mlp_norm=self._norm(block.mlp_norm),
+            query_norm=self._vector(attention.query_norm),
+            key_norm=self._vector(attention.key_norm),
+            qkv=self._linear(attention.qkv),
+            out=self._linear(attention.out),
+            up=self._linear(mlp.gate_up if isinstance(mlp, SwiGLUMLP) else mlp.up, gated=gated),
+            down=self._linear(mlp.down),
+            keys=self._cache.keys[layer].data_ptr(),
+            values=self._cache.values[layer].data_ptr(),
+            window=self._model.config.window(layer) or 0,
+        )
+
+    def _linear(self, linear: Linear, *, gated: bool = False) -> structs.Linear:
+        packed = pack(linear, self._kind, gated=gated)
+        is_embedding = linear.weight is self._model.embedding.weight
+        linear.replace_weight(packed.unpacked, keep_plain=is_embedding)
+        self._kept.append(packed)
+        return packed.struct()
+
+    def _norm(self, norm: nn.Module) -> structs.Norm:
+        if not isinstance(norm, LayerNorm | RMSNorm):
+            raise TypeError(f"a norm of {type(norm).__name__}")
+        weight, bias = norm.weight.detach().float(), None
+        if isinstance(norm, LayerNorm):
+            bias = norm.bias.detach().float()
+            self._kept.append(bias)
+        self._kept.append(weight)
+        return structs.Norm(weight.data_ptr(), None if bias is None else bias.data_ptr())
+
+    def _vector(self, norm: RMSNorm | None) -> int | None:
+        return None if norm is None else self._norm(norm).weight
+
+
+def _jobs(batch: ForwardBatch) -> Tensor:
+    """(num_jobs, 3): sequence, first row, number of queries; a thread takes one at a time."""
+    starts = batch.query_start_host
+    jobs = [
+        (seq, row, min(JOB_QUERIES, starts[seq + 1] - row))
+        for seq in range(batch.num_seqs)
+        for row in range(starts[seq], starts[seq + 1], JOB_QUERIES)
+    ]
+    return torch.tensor(jobs, dtype=torch.int64)

@@ -1,0 +1,214 @@
+/* One layer's attention: query/key norm, rotary positions, cache write and
+ * softmax(Q K^T / sqrt(d)) V over pages, every block read once where it lies.
+ *
+ * The PyTorch twin is model/backends/cpu.py. Every (query, head) row goes through the same
+ * operations in the same order whatever else is in the batch: keys in tiles of one block from
+ * position 0 (or from the block where a sliding window begins, which depends on the position
+ * alone), lanes of 16 keys, then of 16 dimensions. Rows are computed four at a time or alone
+ * with the same operations, so a query's bits do not depend on its neighbours.
+ */
+#include "kernels.h"
+#include "vectors.h"
+
+#include <math.h>
+
+#define ROWS_MAX 4
+#define DIM_MAX (MAX_HEAD_DIM / LANES)
+#define BLOCK_MAX (MAX_BLOCK / LANES)
+
+/* `rows` queries of one KV head (compile-time 1 or 4) against a sequence's keys.
+ * q: (rows, head_dim) float32, already scaled. limit[r]: keys that row r sees, from first[r]. */
+INLINE void attend_rows(
+    const int rows, const int dim_lanes, const int block_lanes, const int is_bf16,
+    const Model *s, int64_t head, const void *keys, const void *values, const int64_t *table,
+    const float *q, const int64_t *first, const int64_t *limit, float *out) {
+    const int64_t d = s->head_dim, size = s->block_size;
+    const int nd = dim_lanes ? dim_lanes : (int)(d / LANES);
+    const int nb = block_lanes ? block_lanes : (int)(size / LANES);
+    /* fixed sizes: arrays sized by a parameter would live in memory, not in registers */
+    vec acc[ROWS_MAX][DIM_MAX], total[ROWS_MAX];
+    float highest[ROWS_MAX];
+    int64_t begin = first[0], end = limit[0];
+    for (int r = 0; r < rows; r++) {
+        for (int n = 0; n < nd; n++) acc[r][n] = splat(0);
+        total[r] = splat(0);
+        highest[r] = -INFINITY;
+        begin = first[r] < begin ? first[r] : begin;
+        end = limit[r] > end ? limit[r] : end;
+    }
+    vec lane;
+    for (int i = 0; i < LANES; i++) lane[i] = (float)i;
+
+    for (int64_t tile = begin / size; tile * size < end; tile++) {
+        const int64_t page = (table[tile] * s->num_kv_heads + head) * d * size;
+        /* Even and odd dimensions apart: two chains of additions, each half as long. */
+        vec score[ROWS_MAX][BLOCK_MAX], odd[ROWS_MAX][BLOCK_MAX];
+        for (int r = 0; r < rows; r++)
+            for (int b = 0; b < nb; b++) score[r][b] = splat(0), odd[r][b] = splat(0);
+        for (int64_t i = 0; i < d; i += 2)
+            for (int b = 0; b < nb; b++) {
+                vec k = load(keys, page + i * size + b * LANES, is_bf16);
+                for (int r = 0; r < rows; r++) score[r][b] += q[r * d + i] * k;
+                k = load(keys, page + (i + 1) * size + b * LANES, is_bf16);
+                for (int r = 0; r < rows; r++) odd[r][b] += q[r * d + i + 1] * k;
+            }
+        for (int r = 0; r < rows; r++)
+            for (int b = 0; b < nb; b++) score[r][b] += odd[r][b];
+        for (int r = 0; r < rows; r++) {
+            vec top = splat(-INFINITY);
+            for (int b = 0; b < nb; b++) {
+                vec position = lane + splat((float)(tile * size + b * LANES));
+                ivec hidden = (position >= splat((float)limit[r])) |
+                              (position < splat((float)first[r]));
+                score[r][b] = choose(hidden, splat(-INFINITY), score[r][b]);
+                top = choose(score[r][b] > top, score[r][b], top);
+            }
+            float tile_top = max_lane(top);
+            if (tile_top > highest[r]) {
+                /* exp(-inf) is 0: the first tile starts from nothing */
+                vec shrink = exp_vec(splat(highest[r] - tile_top));
+                total[r] *= shrink;
+                for (int n = 0; n < nd; n++) acc[r][n] *= shrink;
+                highest[r] = tile_top;
+            }
+            if (highest[r] == -INFINITY) { /* this row sees nothing of this tile yet */
+                for (int b = 0; b < nb; b++) score[r][b] = splat(0);
+                continue;
+            }
+            for (int b = 0; b < nb; b++) {
+                score[r][b] = exp_vec(score[r][b] - splat(highest[r]));
+                total[r] += score[r][b];
+            }
+        }
+        float weight[ROWS_MAX][MAX_BLOCK];
+        for (int r = 0; r < rows; r++)
+            for (int b = 0; b < nb; b++) store(weight[r], b * LANES, score[r][b], 0);
+        /* Only values that somebody sees: another place may hold a NaN of a block's last owner,
+         * and 0 * NaN is not 0. */
+        const int64_t from = begin > tile * size ? begin - tile * size : 0;
+        const int64_t to = end < (tile + 1) * size ? end - tile * size : size;
+        for (int64_t j = from; j < to; j++)
+            for (int n = 0; n < nd; n++) {
+                vec v = load(values, page + j * d + n * LANES, is_bf16);
+                for (int r = 0; r < rows; r++) acc[r][n] += weight[r][j] * v;
+            }
+    }
+    for (int r = 0; r < rows; r++) {
+        vec share = splat(1.0f / sum_lanes(total[r]));
+        for (int n = 0; n < nd; n++) {
+            vec v = acc[r][n] * share;
+            memcpy(out + r * d + n * LANES, &v, sizeof v);
+        }
+    }
+}
+
+#define BY_DIM(ROWS, BF16)                                                                   \
+    switch (s->block_size == 32 ? s->head_dim : 0) {                                         \
+        case 32: CASE(ROWS, 2, 2, BF16); break;                                              \
+        case 48: CASE(ROWS, 3, 2, BF16); break;                                              \
+        case 64: CASE(ROWS, 4, 2, BF16); break;                                              \
+        case 128: CASE(ROWS, 8, 2, BF16); break;                                             \
+        default: CASE(ROWS, 0, 0, BF16);                                                     \
+    }
+
+#define CASE(ROWS, ND, NB, BF16)                                                             \
+    attend_rows(ROWS, ND, NB, BF16, s, head, keys, values, table, q, first, limit, out)
+
+static __attribute__((noinline)) void attend_four(
+    const Model *s, int64_t head, const void *keys, const void *values, const int64_t *table,
+    const float *q, const int64_t *first, const int64_t *limit, float *out) {
+    if (s->is_bf16) BY_DIM(4, 1) else BY_DIM(4, 0)
+}
+
+static __attribute__((noinline)) void attend_one(
+    const Model *s, int64_t head, const void *keys, const void *values, const int64_t *table,
+    const float *q, const int64_t *first, const int64_t *limit, float *out) {
+    if (s->is_bf16) BY_DIM(1, 1) else BY_DIM(1, 0)
+}
+
+/* One head of one token as float32: norm, then rotary position (x cos + rotate_half(x) sin). */
+static void prepare_head(const Model *m, const Step *s, const void *qkv, int64_t at,
+                         const float *norm, int64_t token, float *head) {
+    const int64_t d = m->head_dim, half = d / 2;
+    vec squares = splat(0);
+    for (int64_t i = 0; i < d; i += LANES) {
+        const vec v = load(qkv, at + i, (int)m->is_bf16);
+        squares += v * v;
+        store(head, i, v, 0);
+    }
+    if (norm) {
+        const vec share = splat(1.0f / sqrtf(sum_lanes(squares) / (float)d + m->norm_eps));
+        for (int64_t i = 0; i < d; i += LANES)
+            store(head, i, load(head, i, 0) * share * load(norm, i, 0), 0);
+    }
+    if (m->cos) {
+        const float *cos = m->cos + s->positions[token] * d, *sin = m->sin + s->positions[token] * d;
+        for (int64_t i = 0; i < half; i++) {
+            const float a = head[i], b = head[i + half];
+            head[i] = a * cos[i] - b * sin[i];
+            head[i + half] = b * cos[i + half] + a * sin[i + half];
+        }
+    }
+}
+
+/* Put a token's key and value of one head at its slot: block * block_size + offset. */
+static void write_cache(const Model *m, const Layer *l, const Step *s, int64_t token,
+                        int64_t head) {
+    const int64_t d = m->head_dim, size = m->block_size;
+    const int64_t block = s->slots[token] / size, offset = s->slots[token] % size;
+    const int64_t page = (block * m->num_kv_heads + head) * d * size;
+    const int64_t row = token * (m->num_heads + 2 * m->num_kv_heads);
+    float key[MAX_HEAD_DIM];
+    prepare_head(m, s, s->qkv, (row + m->num_heads + head) * d, l->key_norm, token, key);
+    for (int64_t i = 0; i < d; i++) {
+        if (m->is_bf16) ((uint16_t *)l->keys)[page + i * size + offset] = to_bf16(key[i]);
+        else ((float *)l->keys)[page + i * size + offset] = key[i];
+    }
+    const int64_t value = (row + m->num_heads + m->num_kv_heads + head) * d;
+    const int64_t width = m->is_bf16 ? 2 : 4;
+    memcpy((char *)l->values + (page + offset * d) * width, (const char *)s->qkv + value * width,
+           (size_t)(d * width));
+}
+
+/* The queries of a job that use one KV head. */
+static void attend(const Model *m, const Layer *l, const Step *s, const int64_t *job,
+                   int64_t head) {
+    const int64_t d = m->head_dim, group = m->num_heads / m->num_kv_heads, seq = job[0];
+    const int64_t num_rows = job[2] * group;
+    const int64_t *table = s->tables + seq * s->max_blocks;
+    /* position of the query in batch row r: context - queries + (r - start) */
+    const int64_t base = s->context_lens[seq] - s->query_start[seq + 1];
+    for (int64_t row = 0; row < num_rows;) {
+        const int count = num_rows - row >= ROWS_MAX ? ROWS_MAX : 1;
+        float q[ROWS_MAX * MAX_HEAD_DIM], mixed[ROWS_MAX * MAX_HEAD_DIM];
+        int64_t first[ROWS_MAX], limit[ROWS_MAX], at[ROWS_MAX];
+        for (int r = 0; r < count; r++) {
+            const int64_t token = job[1] + (row + r) / group;
+            const int64_t query = head * group + (row + r) % group;
+            limit[r] = base + token + 1;
+            first[r] = l->window && limit[r] > l->window ? limit[r] - l->window : 0;
+            at[r] = (token * m->num_heads + query) * d;
+            prepare_head(m, s, s->qkv, at[r] + token * 2 * m->num_kv_heads * d, l->query_norm, token,
+                         q + r * d);
+            for (int64_t i = 0; i < d; i++) q[r * d + i] *= m->scale;
+        }
+        if (count == ROWS_MAX)
+            attend_four(m, head, l->keys, l->values, table, q, first, limit, mixed);
+        else
+            attend_one(m, head, l->keys, l->values, table, q, first, limit, mixed);
+        for (int r = 0; r < count; r++)
+            for (int64_t i = 0; i < d; i += LANES)
+                store(s->mixed, at[r] + i, load(mixed, r * d + i, 0), (int)m->is_bf16);
+        row += count;
+    }
+}
+
+void attention(const Model *m, const Layer *l, const Step *s) {
+    /* A chunk's queries see keys of the same chunk that another thread may have to write. */
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < s->num_tokens * m->num_kv_heads; item++)
+        write_cache(m, l, s, item / m->num_kv_heads, item % m->num_kv_heads);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t item = 0; item < s->num_jobs * m->num_kv_heads; item++)
+        attend(m, l, s, s->jobs + item / m->num_kv_heads * 3, item % m->num_kv_heads);
+}

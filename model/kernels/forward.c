@@ -1,0 +1,62 @@
+/* One step of the whole model in one parallel region: embeddings in, logits out.
+ *
+ * model/transformer.py is the same in PyTorch, and what every test compares this with. The
+ * threads meet at a barrier after each stage, some 8 times a layer; they are not sent home in
+ * between, which would cost tens of microseconds each time (loadtests/NOTES.md).
+ */
+#include "kernels.h"
+#include "vectors.h"
+
+#include <math.h>
+#include <stddef.h>
+
+/* Row i of out is the norm of row which[i] of x, or of row i. */
+static void norm_rows(const Model *m, const Norm *norm, const void *x, const int64_t *which,
+                      int64_t rows, void *out) {
+    const int64_t size = m->hidden_size;
+    const int is_bf16 = (int)m->is_bf16;
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+        const int64_t from = (which ? which[row] : row) * size, to = row * size;
+        vec sum = splat(0), squares = splat(0), mean = splat(0);
+        if (norm->bias) {
+            for (int64_t i = 0; i < size; i += LANES) sum += load(x, from + i, is_bf16);
+            mean = splat(sum_lanes(sum) / (float)size);
+        }
+        for (int64_t i = 0; i < size; i += LANES) {
+            const vec v = load(x, from + i, is_bf16) - mean;
+            squares += v * v;
+        }
+        const vec share = splat(1.0f / sqrtf(sum_lanes(squares) / (float)size + m->norm_eps));
+        for (int64_t i = 0; i < size; i += LANES) {
+            vec v = (load(x, from + i, is_bf16) - mean) * share * load(norm->weight, i, 0);
+            if (norm->bias) v += load(norm->bias, i, 0);
+            store(out, to + i, v, is_bf16);
+        }
+    }
+}
+
+static void forward_layer(const Model *m, const Layer *l, const Step *s) {
+    const int64_t rows = s->num_tokens, is_bf16 = m->is_bf16;
+    const Output qkv = {s->qkv, NULL, NO_ACTIVATION, is_bf16};
+    const Output hidden = {s->hidden, s->hidden, NO_ACTIVATION, is_bf16};
+    const Output gated = {s->gated, NULL, m->activation, is_bf16};
+    norm_rows(m, &l->attention_norm, s->hidden, NULL, rows, s->normed);
+    linear(&l->qkv, s->normed, rows, is_bf16, &qkv, s->panels);
+    attention(m, l, s);
+    linear(&l->out, s->mixed, rows, is_bf16, &hidden, s->panels);
+    norm_rows(m, &l->mlp_norm, s->hidden, NULL, rows, s->normed);
+    linear(&l->up, s->normed, rows, is_bf16, &gated, s->panels);
+    linear(&l->down, s->gated, rows, is_bf16, &hidden, s->panels);
+}
+
+void vitrine_forward(const Model *m, const Step *s) {
+#pragma omp parallel num_threads((int)s->num_threads)
+    {
+        for (int64_t layer = 0; layer < m->num_layers; layer++)
+            forward_layer(m, &m->layers[layer], s);
+        norm_rows(m, &m->final_norm, s->hidden, s->logits_rows, s->num_logits, s->normed);
+        const Output logits = {s->logits, NULL, NO_ACTIVATION, 0};
+        linear(&m->lm_head, s->normed, s->num_logits, m->is_bf16, &logits, s->panels);
+    }
+}

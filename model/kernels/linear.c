@@ -1,0 +1,184 @@
+/* y = x W^T + b with what follows it: activation, residual, rounding.
+ *
+ * Each output is one chain of additions over the inputs in order, in one lane of one
+ * register, whatever else is computed beside it. So a row's bits depend neither on how many
+ * rows there are nor on how they are cut into tiles or given to threads: what deterministic
+ * serving asks of a matrix product, for nothing.
+ *
+ * A tile is up to 6 rows by 4 units of 16 outputs: 24 AVX-512 registers of sums, 4 of weights. With
+ * few rows the time is that of reading the weights, which lie in the order they are read;
+ * with many, that of the multiplications.
+ */
+#include "kernels.h"
+#include "vectors.h"
+
+#include <omp.h>
+
+#if defined(__AVX512F__)
+#define TILE_ROWS 6
+#define TILE_UNITS 4
+#else /* a vec is several registers, and there are fewer of them */
+#define TILE_ROWS 3
+#define TILE_UNITS 2
+#endif
+#define ROW_BLOCK_BYTES (512 * 1024) /* of x: stays in a core's cache while panels pass */
+
+/* sum + x0 w0 + x1 w1 for pairs of bfloat16, low half first */
+INLINE vec add_pairs(vec sum, uint32_t x, uvec w) {
+#if defined(__AVX512BF16__)
+    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)x), (__m512bh)w);
+#else
+    sum += splat(from_bf16((uint16_t)x)) * (vec)(w << 16);
+    return sum + splat(from_bf16((uint16_t)(x >> 16))) * (vec)(w & 0xffff0000u);
+#endif
+}
+
+#define UNROLL _Pragma("GCC unroll 8")
+
+/* rows and units are compile-time numbers. The arrays have fixed sizes, not these: an array
+ * sized by a parameter would live in memory, not in registers. */
+INLINE void tile(const int rows, const int units, const int is_bf16, const void *x,
+                 int64_t x_stride, const void *w, int64_t size, vec sums[TILE_ROWS][TILE_UNITS]) {
+    vec sum[TILE_ROWS][TILE_UNITS];
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int u = 0; u < units; u++) sum[r][u] = splat(0);
+    if (is_bf16)
+        for (int64_t k = 0; k < size; k += 2) {
+            uvec weight[TILE_UNITS];
+            UNROLL for (int u = 0; u < units; u++)
+                memcpy(&weight[u], (const uint16_t *)w + u * size * LANES + k * LANES, 64);
+            UNROLL for (int r = 0; r < rows; r++) {
+                uint32_t pair;
+                memcpy(&pair, (const uint16_t *)x + r * x_stride + k, 4);
+                UNROLL for (int u = 0; u < units; u++)
+                    sum[r][u] = add_pairs(sum[r][u], pair, weight[u]);
+            }
+        }
+    else
+        for (int64_t k = 0; k < size; k++) {
+            vec weight[TILE_UNITS];
+            UNROLL for (int u = 0; u < units; u++)
+                weight[u] = load(w, u * size * LANES + k * LANES, 0);
+            UNROLL for (int r = 0; r < rows; r++) {
+                const vec value = splat(((const float *)x)[r * x_stride + k]);
+                UNROLL for (int u = 0; u < units; u++) sum[r][u] += value * weight[u];
+            }
+        }
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int u = 0; u < units; u++) sums[r][u] = sum[r][u];
+}
+
+#define CASE(ROWS, UNITS)                                                                    \
+    case ROWS * 8 + UNITS:                                                                   \
+        if (is_bf16) tile(ROWS, UNITS, 1, x, x_stride, w, size, sums);                       \
+        else tile(ROWS, UNITS, 0, x, x_stride, w, size, sums);                               \
+        return
+#if TILE_ROWS == 6
+#define CASES(UNITS)                                                                         \
+    CASE(1, UNITS); CASE(2, UNITS); CASE(3, UNITS); CASE(4, UNITS); CASE(5, UNITS); CASE(6, UNITS)
+#else
+#define CASES(UNITS) CASE(1, UNITS); CASE(2, UNITS); CASE(3, UNITS)
+#endif
+
+static void run_tile(int64_t rows, int64_t units, int64_t is_bf16, const void *x, int64_t x_stride,
+                     const void *w, int64_t size, vec sums[TILE_ROWS][TILE_UNITS]) {
+    switch (rows * 8 + units) {
+        CASES(1);
+        CASES(2);
+#if TILE_UNITS == 4
+        CASES(4);
+#endif
+    }
+}
+
+/* One unit of one row on its way out. */
+INLINE void finish(const Linear *l, const Output *o, int64_t row, int64_t unit, vec v) {
+    const int64_t at = unit * LANES;
+    if (at + LANES <= l->out_features) {
+        if (l->scale) v *= load(l->scale, at, 0);
+        if (l->bias) v += load(l->bias, at, 0);
+        if (o->activation == GELU_TANH) v = gelu_tanh(v);
+        else if (o->activation == GELU) v = gelu(v);
+        if (o->residual)
+            v += load(o->residual, row * l->out_features + at, (int)o->is_bf16);
+        store(o->out, row * l->out_features + at, v, (int)o->is_bf16);
+        return;
+    }
+    for (int64_t i = 0; at + i < l->out_features; i++) { /* the head's last unit: float32, bare */
+        const float scaled = l->scale ? v[i] * l->scale[at + i] : v[i];
+        ((float *)o->out)[row * l->out_features + at + i] =
+            l->bias ? scaled + l->bias[at + i] : scaled;
+    }
+}
+
+/* A unit of the gate and the unit of what it gates. */
+INLINE void finish_gated(const Linear *l, const Output *o, int64_t row, int64_t unit, vec gate,
+                         vec up) {
+    const int64_t at = unit * LANES;
+    if (l->scale) gate *= load(l->scale, at, 0), up *= load(l->scale, at + LANES, 0);
+    if (l->bias) gate += load(l->bias, at, 0), up += load(l->bias, at + LANES, 0);
+    store(o->out, (row * l->out_features + at) / 2, silu(gate) * up, (int)o->is_bf16);
+}
+
+/* int8 -> bfloat16, exactly; the scale comes after the product. */
+static void dequantise(const int8_t *w, int64_t count, uint16_t *out) {
+    for (int64_t i = 0; i < count; i += LANES) {
+        typedef int8_t bvec __attribute__((vector_size(16), aligned(1)));
+        bvec b;
+        memcpy(&b, w + i, sizeof b);
+        uvec bits = (uvec)__builtin_convertvector(__builtin_convertvector(b, ivec), vec);
+        hvec h = __builtin_convertvector(bits >> 16, hvec); /* 8 bits of mantissa: exact */
+        memcpy(out + i, &h, sizeof h);
+    }
+}
+
+/* `units` units from `unit` on, for rows [begin, end). */
+static void panel(const Linear *l, const void *x, int64_t x_is_bf16, const Output *o, int64_t unit,
+                  int64_t units, const void *w, int64_t begin, int64_t end) {
+    const int64_t size = l->in_features, width = x_is_bf16 ? 2 : 4;
+    int64_t tiles = (end - begin + TILE_ROWS - 1) / TILE_ROWS;
+    for (int64_t row = begin; row < end; tiles--) {
+        const int64_t rows = (end - row + tiles - 1) / tiles; /* 8 rows are 4 and 4, not 6 and 2 */
+        vec sums[TILE_ROWS][TILE_UNITS];
+        run_tile(rows, units, x_is_bf16, (const char *)x + row * size * width, size, w, size, sums);
+        for (int64_t r = 0; r < rows; r++) {
+            if (o->activation == SWIGLU)
+                for (int64_t u = 0; u < units; u += 2)
+                    finish_gated(l, o, row + r, unit + u, sums[r][u], sums[r][u + 1]);
+            else
+                for (int64_t u = 0; u < units; u++) finish(l, o, row + r, unit + u, sums[r][u]);
+        }
+        row += rows;
+    }
+}
+
+void linear(const Linear *l, const void *x, int64_t rows, int64_t x_is_bf16, const Output *o,
+            void *panels) {
+    const int64_t size = l->in_features, units = (l->out_features + LANES - 1) / LANES;
+    const int64_t width = x_is_bf16 ? 2 : 4;
+    const int64_t weight_width = l->kind == INT8 ? 1 : width;
+    int64_t row_block = ROW_BLOCK_BYTES / (size * width) / TILE_ROWS * TILE_ROWS;
+    if (row_block < 8 * TILE_ROWS) row_block = 8 * TILE_ROWS;
+    /* small products in smaller pieces, so that all threads have their share */
+    const int64_t piece = units >= 8 * omp_get_num_threads() ? 4 : 2;
+    const int64_t pieces = (units + piece - 1) / piece;
+    const int64_t items = pieces * ((rows + row_block - 1) / row_block);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t item = 0; item < items; item++) {
+        const int64_t begin = item / pieces * row_block, first = item % pieces * piece;
+        const int64_t end = begin + row_block < rows ? begin + row_block : rows;
+        const int64_t last = first + piece < units ? first + piece : units;
+        for (int64_t unit = first; unit < last;) {
+            const int64_t left = last - unit < TILE_UNITS ? last - unit : TILE_UNITS;
+            const int64_t count = left == 3 ? 2 : left;
+            const char *w = (const char *)l->weight + unit * size * LANES * weight_width;
+            if (l->kind == INT8) {
+                uint16_t *wide = (uint16_t *)panels + omp_get_thread_num() * size * 4 * LANES;
+                dequantise((const int8_t *)w, count * size * LANES, wide);
+                w = (const char *)wide;
+            }
+            panel(l, x, x_is_bf16, o, unit, count, w, begin, end);
+            unit += count;
+        }
+    }
+}
