@@ -126,8 +126,13 @@ static void dequantise(const int8_t *w, int64_t count, uint16_t *out) {
         typedef int8_t bvec __attribute__((vector_size(16), aligned(1)));
         bvec b;
         memcpy(&b, w + i, sizeof b);
-        uvec bits = (uvec)__builtin_convertvector(__builtin_convertvector(b, ivec), vec);
-        hvec h = __builtin_convertvector(bits >> 16, hvec); /* 8 bits of mantissa: exact */
+#if defined(__AVX512F__) /* GCC takes the general form in halves */
+        const ivec whole = (ivec)_mm512_cvtepi8_epi32((__m128i)b);
+#else
+        const ivec whole = __builtin_convertvector(b, ivec);
+#endif
+        uvec bits = (uvec)__builtin_convertvector(whole, vec);
+        hvec h = narrow(bits >> 16); /* 8 bits of mantissa: exact */
         memcpy(out + i, &h, sizeof h);
     }
 }

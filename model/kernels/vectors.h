@@ -40,12 +40,24 @@ INLINE vec load(const void *base, int64_t at, int is_bf16) {
     if (is_bf16) {
         hvec h;
         memcpy(&h, (const uint16_t *)base + at, sizeof h);
-        uvec bits = __builtin_convertvector(h, uvec) << 16;
-        return (vec)bits;
+#if defined(__AVX512F__) /* GCC takes the general form in halves */
+        return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)h), 16);
+#else
+        return (vec)(__builtin_convertvector(h, uvec) << 16);
+#endif
     }
     vec v;
     memcpy(&v, (const float *)base + at, sizeof v);
     return v;
+}
+
+/* the low half of each lane */
+INLINE hvec narrow(uvec v) {
+#if defined(__AVX512F__)
+    return (hvec)_mm512_cvtepi32_epi16((__m512i)v);
+#else
+    return __builtin_convertvector(v, hvec);
+#endif
 }
 
 INLINE void store(void *base, int64_t at, vec v, int is_bf16) {
@@ -56,7 +68,7 @@ INLINE void store(void *base, int64_t at, vec v, int is_bf16) {
     uvec bits = (uvec)v;
     uvec is_nan = (uvec)((bits & 0x7fffffffu) > 0x7f800000u);
     uvec rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
-    hvec h = __builtin_convertvector((rounded & ~is_nan) | (((bits >> 16) | 0x40) & is_nan), hvec);
+    hvec h = narrow((rounded & ~is_nan) | (((bits >> 16) | 0x40) & is_nan));
     memcpy((uint16_t *)base + at, &h, sizeof h);
 }
 
@@ -65,6 +77,9 @@ INLINE vec choose(ivec mask, vec yes, vec no) {
 }
 
 INLINE float max_lane(vec v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)v);
+#endif
     float m = v[0];
     for (int i = 1; i < LANES; i++) m = v[i] > m ? v[i] : m;
     return m;
