@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from model.sampling_params import SamplingParams
 from model.tokenizer import IncrementalDecoder, Tokenizer
 from service.api.context import ApiContext
-from service.api.errors import ProblemError, invalid_field
+from service.api.errors import CONTEXT_EXCEEDED, ProblemError, invalid_field
 from service.api.generation import Plan
 from service.api.limits import ApiLimits
 from service.api.schemas import MAX_SEED, GenerateRequest
@@ -130,6 +130,7 @@ async def _prompt_ids(
             "prompt",
             f"{len(body.prompt)} characters are at least {at_least} tokens, and the context "
             f"length is {info.context_length}",
+            code=CONTEXT_EXCEEDED,
         )
     ids = await tokenize(body.prompt, tokenizer, limits)
     if not ids:
@@ -146,12 +147,14 @@ def _max_tokens(body: GenerateRequest, num_prompt_tokens: int, info: ModelInfo) 
             "prompt",
             f"{num_prompt_tokens} tokens leave no room to generate in the context length of "
             f"{context_length}",
+            code=CONTEXT_EXCEEDED,
         )
     if body.has("max_tokens") and body.max_tokens > room:
         raise invalid_field(
             "max_tokens",
             f"{num_prompt_tokens} prompt tokens and {body.max_tokens} to generate exceed the "
             f"context length of {context_length}",
+            code=CONTEXT_EXCEEDED,
         )
     max_tokens = body.max_tokens
     if not body.has("max_tokens"):
