@@ -36,6 +36,4 @@ async def whole_continuations(generation: Generation) -> list[Whole]:
                 done[item.index] = item
             else:
                 raise item.error
-    return [
-        Whole(one, token_ids[index], logprobs[index]) for index, one in sorted(done.items())
-    ]
+    return [Whole(one, token_ids[index], logprobs[index]) for index, one in sorted(done.items())]

@@ -48,7 +48,13 @@ def make_server(settings: Settings, client: EngineClient, model: LoadedModel) ->
         api_key_hashes=read_api_keys(settings.api_key_file),
     )
     name = settings.served_model_name or settings.model or BUNDLED_MODEL_NAME
-    app = create_app(limits, client, model.get_tokenizer, name.rstrip("/").rsplit("/", 1)[-1])
+    app = create_app(
+        limits,
+        client,
+        model.get_tokenizer,
+        name.rstrip("/").rsplit("/", 1)[-1],
+        chat_renderer=model.get_chat_renderer,
+    )
     config = uvicorn.Config(
         app,
         host=settings.host,
