@@ -16,12 +16,12 @@ from datetime import datetime
 from typing import Any
 
 import jinja2
-import jinja2.exceptions
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 import jinja2.utils
+from jinja2.exceptions import SecurityError
 
 from model.chat_template import ChatTemplateError
 
@@ -138,7 +138,7 @@ def _to_json(
 
 def _check_name(name: object) -> None:
     if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a namespace has no {name!r}: no leading underscores")
+        raise SecurityError(f"a namespace has no {name!r}: no leading underscores")
 
 
 def _short(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Finding the model, its tokenizer and its template while the server already answers /health/live."""
+"""Finding the model and what it reads and writes with, while /health/live already answers."""
 
 from __future__ import annotations
 
