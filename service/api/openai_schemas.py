@@ -244,6 +244,15 @@ class ResponseFormat(OpenAIObject):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: dict[str, Any] | None = None
 
+    def check(self) -> None:
+        """Raise `ProblemError` for all but plain text."""
+        if self.type != "text":
+            raise invalid_field(
+                "response_format", f"'{self.type}' is not supported yet; only 'text' is"
+            )
+        if self.json_schema is not None:
+            raise invalid_field("response_format", "json_schema is only for type 'json_schema'")
+
 
 class ChatRequest(OpenAIRequest):
     """Answer a conversation."""
@@ -296,11 +305,8 @@ class ChatRequest(OpenAIRequest):
             )
         if self.top_logprobs is not None and not self.logprobs:
             raise invalid_field("top_logprobs", "only allowed with logprobs: true")
-        if self.response_format is not None and self.response_format.type != "text":
-            raise invalid_field(
-                "response_format",
-                f"'{self.response_format.type}' is not supported yet; only 'text' is",
-            )
+        if self.response_format is not None:
+            self.response_format.check()
 
     def to_generate(self, prompt_ids: list[int], context_length: int) -> GenerateRequest:
         """The wish for the conversation as a prompt. Without a bound of the client's, it is the

@@ -38,7 +38,8 @@ TOOLS = """{%- if tools %}
 {%- elif tools is not none %}no tools{% endif %}
 {%- set ns = namespace(system='', turns=0, last=none) %}
 {%- for message in messages %}
-    {%- if message.role == 'system' %}{% set ns.system = ns.system ~ message.content %}{% continue %}
+    {%- if message.role == 'system' %}
+        {%- set ns.system = ns.system ~ message.content %}{% continue %}
     {%- endif %}
     {%- set ns.turns = ns.turns + 1 %}
     {%- set ns.last = message %}
@@ -61,7 +62,8 @@ MACROS = """{%- macro turn(role, content, end=true) -%}
 {{ turn(message.role, message.content) }}
 {%- if message.name is defined %}({{ message.name }}){% endif %}
 {%- endfor %}
-{{ messages[-1]['content'].split(' ')[0] | upper }} {{ messages | map(attribute='role') | join(',') }}
+{{ messages[-1]['content'].split(' ')[0] | upper }}
+{{ messages | map(attribute='role') | join(',') }}
 {{ strftime_now('%Y') | length }}{{ dict(a=1).a }}{{ range(3) | list }}
 """
 TEMPLATES = {"chatml": CHATML, "headers": HEADERS, "tools": TOOLS, "macros": MACROS}
@@ -94,7 +96,7 @@ def test_it_renders_what_transformers_renders(source: str, talk: list[dict[str, 
 
 def test_a_template_may_refuse_a_conversation() -> None:
     talk = [{"role": "assistant", "content": "Hi"}]
-    with pytest.raises(ChatTemplateError, match="^roles must alternate, got assistant$"):
+    with pytest.raises(ChatTemplateError, match=r"^roles must alternate, got assistant$"):
         ours(TOOLS, talk)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -125,14 +126,12 @@ async def test_a_worker_that_died_between_two_chats_is_replaced() -> None:
         assert chats.worker_pid is not None
         os.kill(chats.worker_pid, signal.SIGKILL)
         psutil.wait_procs([psutil.Process(chats.worker_pid)], timeout=5)
-        for _ in range(20):  # until asyncio has heard of it
-            try:
-                assert await chats.render(TALK) == "<s>Hi"
-                break
-            except ChatTemplateError as error:
-                assert "its process ended" in str(error)
-        else:
-            raise AssertionError("no worker took the dead one's place")
+        texts = []
+        for _ in range(20):  # the first may find it dead before asyncio has heard of it
+            with contextlib.suppress(ChatTemplateError):
+                texts.append(await chats.render(TALK))
+        assert texts[:1] == ["<s>Hi"]
+        assert len(texts) >= 19
 
 
 def test_the_worker_ends_by_itself_when_nobody_is_there_to_kill_it() -> None:
