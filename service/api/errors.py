@@ -29,7 +29,7 @@ CONTEXT_EXCEEDED = "context_length_exceeded"
 # What OpenAI calls a kind of ours; clients of its interface look at these words.
 _OPENAI_CODES = {
     "invalid-request": None,
-    "never-fits": CONTEXT_EXCEEDED,
+    "never-fits": None,
     "queue-full": "rate_limit_exceeded",
     "unauthorized": "invalid_api_key",
 }
@@ -153,7 +153,8 @@ def from_exception(error: Exception) -> ProblemError:
         headers = retry_after(error.retry_after_s)
         return ProblemError("unavailable", 503, str(error), headers=headers)
     if isinstance(error, NeverFitsError):
-        return ProblemError("never-fits", 422, str(error), field=error.field)
+        code = None if error.field == "n" else CONTEXT_EXCEEDED
+        return ProblemError("never-fits", 422, str(error), field=error.field, code=code)
     if isinstance(error, pydantic.ValidationError):
         return invalid_body(error)
     return ProblemError(

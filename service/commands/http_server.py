@@ -47,12 +47,11 @@ def make_server(settings: Settings, client: EngineClient, model: LoadedModel) ->
         keep_alive_s=settings.keep_alive_s,
         api_key_hashes=read_api_keys(settings.api_key_file),
     )
-    name = settings.served_model_name or settings.model or BUNDLED_MODEL_NAME
     app = create_app(
         limits,
         client,
         model.get_tokenizer,
-        name.rstrip("/").rsplit("/", 1)[-1],
+        served_name(settings),
         chat_renderer=model.get_chat_renderer,
     )
     config = uvicorn.Config(
@@ -66,6 +65,17 @@ def make_server(settings: Settings, client: EngineClient, model: LoadedModel) ->
         timeout_keep_alive=75,
     )
     return DrainingServer(config)
+
+
+def served_name(settings: Settings) -> str:
+    """What clients call the model: as the settings say, or the last part of a directory's path
+    (the rest is nobody's business), or the hub id."""
+    if settings.served_model_name:
+        return settings.served_model_name
+    if settings.model is None:
+        return BUNDLED_MODEL_NAME
+    directory = Path(settings.model)
+    return directory.resolve().name if directory.is_dir() else settings.model
 
 
 def read_api_keys(path: Path | None) -> tuple[bytes, ...]:

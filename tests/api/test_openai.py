@@ -10,9 +10,12 @@ from typing import Any
 import msgspec
 import openai
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from model.chat_template import ChatTemplateError
 from service.api.limits import api_key_hash
+from service.api.openai_schemas import ChatRequest, CompletionRequest
 from service.chat_renderer import ChatBusyError
 from service.client import EngineUnavailableError, NeverFitsError, QueueFullError
 from tests.api.fake_engine import CONTEXT_LENGTH, VOCAB_SIZE, FakeStream, say
@@ -532,6 +535,38 @@ async def test_the_fingerprint_is_that_of_the_model_and_its_settings(house: Hous
     assert await fingerprint() == first
     h.engine.info = msgspec.structs.replace(h.engine.info, dtype="bfloat16")
     assert await fingerprint() != first
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+messages = st.lists(
+    st.dictionaries(st.sampled_from(["role", "content", "name", "audio"]), json_values, max_size=3),
+    max_size=3,
+)
+field_names = st.sampled_from(sorted({*ChatRequest.model_fields, *CompletionRequest.model_fields}))
+
+
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150, deadline=None
+)
+@given(
+    path=st.sampled_from(sorted(WISHES)),
+    body=st.dictionaries(field_names, json_values, max_size=4),
+    talk=messages | st.none(),
+)
+async def test_no_body_is_a_server_error(
+    house: Houses, path: str, body: dict[str, Any], talk: Any
+) -> None:
+    h = house(say(), chat_renderer=Renderer())
+    spoken = {"messages": talk} if path == CHAT and talk is not None else {}
+    exchange = h.exchange(WISHES[path] | body | spoken, path=path)
+    await exchange.finish()
+    assert exchange.status in (200, 404, 422), exchange.body
+    if exchange.status != 200:
+        assert set(json.loads(exchange.body)) == {"error"}
 
 
 async def test_the_routes_are_described(house: Houses) -> None:
