@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from pathlib import Path
 from types import FrameType
 
@@ -74,8 +75,9 @@ def served_name(settings: Settings) -> str:
         return settings.served_model_name
     if settings.model is None:
         return BUNDLED_MODEL_NAME
-    directory = Path(settings.model)
-    return directory.resolve().name if directory.is_dir() else settings.model
+    # Not Path.is_dir: it raises where the name is longer than the system's limit.
+    is_directory = os.path.isdir(settings.model)  # noqa: PTH112
+    return Path(settings.model).resolve().name if is_directory else settings.model
 
 
 def read_api_keys(path: Path | None) -> tuple[bytes, ...]:

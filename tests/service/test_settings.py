@@ -50,6 +50,7 @@ def test_settings_are_frozen() -> None:
     [
         ([], "stories"),
         (["--model", "org/name"], "org/name"),
+        (["--model", "a" * 300], "a" * 300),
         (["--model", "."], Path.cwd().name),
         (["--model", str(Path.cwd()) + "/"], Path.cwd().name),
         (["--model", ".", "--served-model-name", "my/own"], "my/own"),
