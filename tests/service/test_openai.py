@@ -428,6 +428,7 @@ def metrics(server: Server) -> str:
     return httpx2.get(f"{server.url}/metrics").text
 
 
+@pytest.mark.slow
 async def test_a_template_that_never_ends_harms_only_its_own_chats(tmp_path: Path) -> None:
     template = tmp_path / "forever.jinja"
     template.write_text(
