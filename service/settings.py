@@ -84,6 +84,9 @@ class Settings(ModelSettings):
     served_model_name: str | None = Field(
         None, description="the name clients see; without it, the model's directory or hub id"
     )
+    chat_template: Path | None = Field(
+        None, description="file with the Jinja chat template; without it, the checkpoint's own"
+    )
     api_key_file: Path | None = Field(
         None, description="file with one API key a line (name:key, or key); without it, no key"
     )

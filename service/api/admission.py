@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from model.sampling_params import SamplingParams
 from model.tokenizer import IncrementalDecoder, Tokenizer
 from service.api.context import ApiContext
-from service.api.errors import ProblemError, invalid_field
+from service.api.errors import CONTEXT_EXCEEDED, ProblemError, invalid_field
 from service.api.generation import Plan
 from service.api.limits import ApiLimits
 from service.api.schemas import MAX_SEED, GenerateRequest
@@ -123,15 +123,28 @@ async def _prompt_ids(
         if len(body.prompt) < info.context_length:  # or it is refused for its length
             check_token_ids("prompt", body.prompt, info.vocab_size)
         return body.prompt
+    return await text_ids(body.prompt, tokenizer, info, limits)
+
+
+async def text_ids(
+    text: str,
+    tokenizer: Tokenizer,
+    info: ModelInfo,
+    limits: ApiLimits,
+    *,
+    add_special_tokens: bool = True,
+) -> list[int]:
+    """Token ids of a prompt's text. Raises `ProblemError` (422): it has none, or far too many."""
     # A text that is far too long is not worth the time to find out by how much.
-    at_least = tokenizer.fewest_tokens(body.prompt)
+    at_least = tokenizer.fewest_tokens(text)
     if at_least >= info.context_length:
         raise invalid_field(
             "prompt",
-            f"{len(body.prompt)} characters are at least {at_least} tokens, and the context "
+            f"{len(text)} characters are at least {at_least} tokens, and the context "
             f"length is {info.context_length}",
+            code=CONTEXT_EXCEEDED,
         )
-    ids = await tokenize(body.prompt, tokenizer, limits)
+    ids = await tokenize(text, tokenizer, limits, add_special_tokens=add_special_tokens)
     if not ids:
         raise invalid_field("prompt", "the text has no tokens")
     return ids
@@ -146,12 +159,14 @@ def _max_tokens(body: GenerateRequest, num_prompt_tokens: int, info: ModelInfo) 
             "prompt",
             f"{num_prompt_tokens} tokens leave no room to generate in the context length of "
             f"{context_length}",
+            code=CONTEXT_EXCEEDED,
         )
     if body.has("max_tokens") and body.max_tokens > room:
         raise invalid_field(
             "max_tokens",
             f"{num_prompt_tokens} prompt tokens and {body.max_tokens} to generate exceed the "
             f"context length of {context_length}",
+            code=CONTEXT_EXCEEDED,
         )
     max_tokens = body.max_tokens
     if not body.has("max_tokens"):

@@ -9,11 +9,21 @@ from fastapi import FastAPI
 from starlette.types import Lifespan
 
 from model.tokenizer import Tokenizer
-from service.api import errors, generate, openapi, operations, tokenization
+from service.api import (
+    errors,
+    generate,
+    openai_chat,
+    openai_completions,
+    openai_models,
+    openapi,
+    operations,
+    tokenization,
+)
 from service.api.context import ApiContext
 from service.api.generation import ActiveGenerations
 from service.api.limits import ApiLimits
 from service.api.middleware import ApiKeyMiddleware, BodyLimitMiddleware, RequestIdMiddleware
+from service.chat_renderer import ChatRenderer
 from service.client import Engine
 from service.metrics import Metrics
 
@@ -26,11 +36,13 @@ def create_app(
     tokenizer: Callable[[], Tokenizer | None],
     model_name: str,
     *,
+    chat_renderer: Callable[[], ChatRenderer | None] = lambda: None,
     lifespan: Lifespan[Any] | None = None,
 ) -> FastAPI:
     """The ASGI application; importing and making it loads no model.
 
-    `tokenizer` returns None while it is being loaded. `app.state.context` is the `ApiContext`.
+    `tokenizer` returns None while it is being loaded, `chat_renderer` while the tokenizer is, and
+    for a model without a chat template. `app.state.context` is the `ApiContext`.
     """
     metrics = Metrics()
     metrics.watch_engine(lambda: engine.stats)
@@ -41,6 +53,7 @@ def create_app(
         model_name=model_name,
         metrics=metrics,
         generations=ActiveGenerations(engine, metrics),
+        chat_renderer=chat_renderer,
     )
     app = FastAPI(
         title="Vitrine",
@@ -55,7 +68,14 @@ def create_app(
     app.add_middleware(ApiKeyMiddleware, key_hashes=settings.api_key_hashes)
     app.add_middleware(RequestIdMiddleware)
     errors.install(app)
-    for module in (generate, tokenization, operations):
+    for module in (
+        generate,
+        openai_completions,
+        openai_chat,
+        openai_models,
+        tokenization,
+        operations,
+    ):
         app.include_router(module.routes(context))
     openapi.install(app)
     return app

@@ -1,4 +1,5 @@
-"""The only place that turns failures into responses: problem+json (RFC 9457).
+"""The only place that turns failures into responses: problem+json (RFC 9457), and OpenAI's
+error object on its routes.
 
 A message names the field, the value and the limit; it never shows a stack, a path of the
 machine or an address.
@@ -18,10 +19,20 @@ from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.types import Scope
 
 from service.client import EngineUnavailableError, NeverFitsError, QueueFullError
 
 MEDIA_TYPE = "application/problem+json"
+OPENAI_PATHS = "/v1/"
+CONTEXT_EXCEEDED = "context_length_exceeded"
+# What OpenAI calls a kind of ours; clients of its interface look at these words.
+_OPENAI_CODES = {
+    "invalid-request": None,
+    "never-fits": None,
+    "queue-full": "rate_limit_exceeded",
+    "unauthorized": "invalid_api_key",
+}
 TAG_MARK = "~"  # begins the names of union branches, which are no part of a field's path
 _MAX_SHOWN_CHARS = 80
 _MAX_SHOWN_ERRORS = 5
@@ -40,6 +51,21 @@ class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
     field: str | None = None
 
 
+class OpenAIError(msgspec.Struct, frozen=True):
+    """What went wrong, in OpenAI's words."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenAIErrorAnswer(msgspec.Struct, frozen=True):
+    """The error object of the /v1 routes."""
+
+    error: OpenAIError
+
+
 class ProblemError(Exception):
     """A failure that knows how it is answered."""
 
@@ -51,14 +77,17 @@ class ProblemError(Exception):
         *,
         field: str | None = None,
         headers: Mapping[str, str] | None = None,
+        code: str | None = None,
     ) -> None:
-        """`kind` is the short name at the end of the problem's type, e.g. "queue-full"."""
+        """`kind` is the short name at the end of the problem's type, e.g. "queue-full"; `code` is
+        OpenAI's name for it where the kind does not say enough."""
         super().__init__(detail)
         self.kind = kind
         self.status = status
         self.detail = detail
         self.field = field
         self.headers = dict(headers or {})
+        self.code = code or _OPENAI_CODES.get(kind, kind.replace("-", "_"))
 
     def problem(self, request_id: str) -> Problem:
         """The body of the answer."""
@@ -71,19 +100,35 @@ class ProblemError(Exception):
             field=None if self.field is None else _encodable(self.field),
         )
 
-    def response(self, request_id: str) -> Response:
-        """The answer."""
-        body = msgspec.json.encode(self.problem(request_id))
-        return Response(body, self.status, self.headers, media_type=MEDIA_TYPE)
+    def openai_error(self) -> OpenAIErrorAnswer:
+        """The body of the answer on OpenAI's routes."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        return OpenAIErrorAnswer(
+            OpenAIError(
+                message=_encodable(self.detail),
+                type="rate_limit_error" if self.status == 429 else kind,
+                param=None if self.field is None else _encodable(self.field),
+                code=self.code,
+            )
+        )
+
+    def response(self, scope: Scope) -> Response:
+        """The answer to the request of this scope, in the words of its route."""
+        if scope["path"].startswith(OPENAI_PATHS):
+            body, media_type = msgspec.json.encode(self.openai_error()), "application/json"
+        else:
+            body = msgspec.json.encode(self.problem(scope["state"]["request_id"]))
+            media_type = MEDIA_TYPE
+        return Response(body, self.status, self.headers, media_type=media_type)
 
 
 class ClientGoneError(Exception):
     """The client went away before its answer was ready; nobody reads what is sent now."""
 
 
-def invalid_field(field: str, detail: str) -> ProblemError:
+def invalid_field(field: str, detail: str, *, code: str | None = None) -> ProblemError:
     """A field's value that cannot be used: 422."""
-    return ProblemError("invalid-request", 422, f"{field}: {detail}", field=field)
+    return ProblemError("invalid-request", 422, f"{field}: {detail}", field=field, code=code)
 
 
 def invalid_body(error: pydantic.ValidationError) -> ProblemError:
@@ -108,7 +153,8 @@ def from_exception(error: Exception) -> ProblemError:
         headers = retry_after(error.retry_after_s)
         return ProblemError("unavailable", 503, str(error), headers=headers)
     if isinstance(error, NeverFitsError):
-        return ProblemError("never-fits", 422, str(error), field=error.field)
+        code = None if error.field == "n" else CONTEXT_EXCEEDED
+        return ProblemError("never-fits", 422, str(error), field=error.field, code=code)
     if isinstance(error, pydantic.ValidationError):
         return invalid_body(error)
     return ProblemError(
@@ -137,7 +183,7 @@ def install(app: FastAPI) -> None:
 
 
 async def _on_known(request: Request, error: Exception) -> Response:
-    return from_exception(error).response(request_id_of(request))
+    return from_exception(error).response(request.scope)
 
 
 async def _on_client_gone(request: Request, error: Exception) -> Response:
@@ -158,7 +204,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
             problem = ProblemError("method-not-allowed", 405, detail, headers=headers)
         case status:
             problem = ProblemError("http", status, str(error.detail), headers=headers)
-    return problem.response(request_id_of(request))
+    return problem.response(request.scope)
 
 
 def _describe(error: ErrorDetails) -> str:

@@ -23,7 +23,7 @@ from service.api.generation import Failed, Generation
 from service.api.openapi import describe
 from service.api.schemas import GenerateRequest
 from service.api.sse import EventStreamResponse, format_event
-from service.engine.messages import TokenLogprob
+from service.api.whole import whole_continuations
 
 DESCRIPTION = """Continues a prompt.
 
@@ -128,18 +128,7 @@ async def _whole_answer(
 ) -> GenerateAnswer:
     """Wait for all continuations. Raises `ProblemError` when one failed."""
     plan = generation.plan
-    token_ids: list[list[int]] = [[] for _ in plan.samplings]
-    logprobs: list[list[TokenLogprob]] = [[] for _ in plan.samplings]
-    done: dict[int, Done] = {}
-    while items := await generation.next():
-        for item in items:
-            if isinstance(item, Delta):
-                token_ids[item.index] += item.token_ids
-                logprobs[item.index] += item.logprobs or []
-            elif isinstance(item, Done):
-                done[item.index] = item
-            else:
-                raise item.error
+    wholes = await whole_continuations(generation)
     usage, timing = combined(generation.continuations)
     return GenerateAnswer(
         id=plan.request_id,
@@ -148,18 +137,14 @@ async def _whole_answer(
         seed=plan.seed,
         choices=[
             Choice(
-                index=index,
-                text=one.text,
-                token_ids=token_ids[index],
-                finish_reason=one.finish_reason,
-                stop_reason=UNSET if one.stop_reason is None else one.stop_reason,
-                logprobs=(
-                    UNSET
-                    if plan.samplings[index].logprobs is None
-                    else answers.logprobs(tokenizer, logprobs[index])
-                ),
+                index=one.done.index,
+                text=one.done.text,
+                token_ids=one.token_ids,
+                finish_reason=one.done.finish_reason,
+                stop_reason=UNSET if one.done.stop_reason is None else one.done.stop_reason,
+                logprobs=answers.logprobs(tokenizer, one.logprobs),
             )
-            for index, one in sorted(done.items())
+            for one in wholes
         ],
         usage=usage,
         timing=timing,

@@ -56,10 +56,12 @@ class Generation:
     """One admitted request. Whoever made it calls `abort` at the end, whatever happened."""
 
     def __init__(
-        self, plan: Plan, continuations: list[Continuation], house: ActiveGenerations
+        self, plans: list[Plan], continuations: list[Continuation], house: ActiveGenerations
     ) -> None:
         """Of `ActiveGenerations.admit` alone."""
+        plan = plans[0]
         self.plan = plan
+        self.plans = plans  # one for each prompt of the request; the first is `plan`
         self.continuations = continuations
         self._house = house
         self._open = list(continuations)
@@ -190,31 +192,37 @@ class ActiveGenerations:
         self._engine = engine
         self._active: set[Generation] = set()
 
-    def admit(self, plan: Plan, tokenizer: Tokenizer) -> Generation:
-        """Submit all continuations, or raise what `Engine.submit` raises."""
+    def admit(self, plan: Plan, tokenizer: Tokenizer, more: Sequence[Plan] = ()) -> Generation:
+        """Submit all continuations, or raise what `Engine.submit` raises.
+
+        `more`: further prompts of the same request, whose continuations are counted on after
+        those of `plan`; all are admitted or none.
+        """
+        plans = [plan, *more]
+        planned = [(one, sampling) for one in plans for sampling in one.samplings]
         requests = [
-            SequenceRequest(plan.prompt_token_ids, sampling, plan.priority)
-            for sampling in plan.samplings
+            SequenceRequest(one.prompt_token_ids, sampling, one.priority)
+            for one, sampling in planned
         ]
         streams = self._engine.submit(requests, plan.timeout_s)
         continuations = []
-        for index, (stream, sampling) in enumerate(zip(streams, plan.samplings, strict=True)):
-            decoder = IncrementalDecoder(tokenizer, plan.prompt_token_ids)
+        for index, (stream, (one, sampling)) in enumerate(zip(streams, planned, strict=True)):
+            decoder = IncrementalDecoder(tokenizer, one.prompt_token_ids)
             continuations.append(
                 Continuation(
                     index,
                     stream,
-                    AnswerText(decoder, plan.stops, sampling.min_tokens),
-                    prefix=plan.prefix,
-                    num_prompt_tokens=len(plan.prompt_token_ids),
+                    AnswerText(decoder, one.stops, sampling.min_tokens),
+                    prefix=one.prefix,
+                    num_prompt_tokens=len(one.prompt_token_ids),
                     stop_token_ids=sampling.stop_token_ids,
                     wants_logprobs=sampling.logprobs is not None,
-                    arrived_s=plan.arrived_s,
+                    arrived_s=one.arrived_s,
                 )
             )
-        generation = Generation(plan, continuations, self)
+        generation = Generation(plans, continuations, self)
         self._active.add(generation)
-        self.metrics.accepted(len(plan.prompt_token_ids))
+        self.metrics.accepted(sum(len(one.prompt_token_ids) for one in plans))
         return generation
 
     def forget(self, generation: Generation) -> None:

@@ -50,7 +50,7 @@ class RequestIdMiddleware:
             if started:
                 raise
             log.exception("request %s failed", request_id)
-            await from_exception(error).response(request_id)(scope, receive, send_with_id)
+            await from_exception(error).response(scope)(scope, receive, send_with_id)
 
 
 class ApiKeyMiddleware:
@@ -70,7 +70,7 @@ class ApiKeyMiddleware:
             "this server asks for an API key: Authorization: Bearer <key>",
             headers={"WWW-Authenticate": "Bearer", "Connection": "close"},
         )
-        await error.response(scope["state"]["request_id"])(scope, receive, send)
+        await error.response(scope)(scope, receive, send)
 
     def _allowed(self, scope: Scope) -> bool:
         if scope["path"].startswith(_OPEN_PATHS):
@@ -97,7 +97,7 @@ class BodyLimitMiddleware:
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdecimal() and int(declared[:20]) > self._max_bytes:
             error = self._too_large(f"{int(declared[:20])} bytes")
-            await error.response(scope["state"]["request_id"])(scope, receive, send)
+            await error.response(scope)(scope, receive, send)
             return
         num_bytes = 0
 

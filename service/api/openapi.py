@@ -11,8 +11,8 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from service.api import answers, schemas
-from service.api.errors import MEDIA_TYPE, Problem
+from service.api import answers, openai_answers, openai_schemas, schemas
+from service.api.errors import MEDIA_TYPE, OpenAIErrorAnswer, Problem
 
 _REF = "#/components/schemas/{}"
 _REFUSALS = {
@@ -27,6 +27,8 @@ _REQUESTS: tuple[type[BaseModel], ...] = (
     schemas.GenerateRequest,
     schemas.TokenizeRequest,
     schemas.DetokenizeRequest,
+    openai_schemas.CompletionRequest,
+    openai_schemas.ChatRequest,
 )
 _ANSWERS: tuple[type[msgspec.Struct], ...] = (
     answers.StartEvent,
@@ -37,6 +39,12 @@ _ANSWERS: tuple[type[msgspec.Struct], ...] = (
     answers.DetokenizeAnswer,
     answers.HealthAnswer,
     answers.InfoAnswer,
+    openai_answers.Completion,
+    openai_answers.ChatCompletion,
+    openai_answers.ChatCompletionChunk,
+    openai_answers.ModelCard,
+    openai_answers.ModelList,
+    OpenAIErrorAnswer,
     Problem,
 )
 
@@ -45,10 +53,12 @@ def describe(
     request: type[BaseModel] | None,
     answer: type[msgspec.Struct],
     events: Sequence[type[msgspec.Struct]] = (),
+    *,
+    refusal: type[Problem | OpenAIErrorAnswer] = Problem,
 ) -> dict[str, Any]:
     """Keyword arguments of a route's decorator: its body, its answer, and its refusals."""
     content: dict[str, Any] = {"application/json": {"schema": _ref(answer)}}
-    shown: list[type[msgspec.Struct]] = [*events, Problem]
+    shown: list[type[msgspec.Struct]] = [*events, refusal]
     if events:
         content["text/event-stream"] = {
             "schema": {
@@ -58,10 +68,11 @@ def describe(
             }
         }
     refusals = {401, 503} if request is None else set(_REFUSALS)
+    media_type = MEDIA_TYPE if refusal is Problem else "application/json"
     responses: dict[int, dict[str, Any]] = {
         status: {
             "description": _REFUSALS[status],
-            "content": {MEDIA_TYPE: {"schema": _ref(Problem)}},
+            "content": {media_type: {"schema": _ref(refusal)}},
         }
         for status in sorted(refusals)
     }

@@ -72,17 +72,9 @@ class RequestBody(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-class GenerateRequest(RequestBody):
-    """Continue a prompt."""
+class SamplingFields(RequestBody):
+    """How tokens are chosen and when to end: what every route that generates takes."""
 
-    prompt: Prompt = Field(description="What to continue: a text, or token ids.")
-    stream: bool = Field(True, description="Server-sent events, or one JSON answer when false.")
-    max_tokens: int = Field(
-        DEFAULT_MAX_TOKENS,
-        ge=1,
-        description="Tokens to generate at most; with the prompt they must fit the context. When "
-        f"absent, {DEFAULT_MAX_TOKENS} or what still fits.",
-    )
     min_tokens: int = Field(
         0, ge=0, description="End-of-text and stops are held off until so many tokens."
     )
@@ -115,13 +107,6 @@ class GenerateRequest(RequestBody):
         [], max_length=64, fail_fast=True, description="Tokens that end a continuation."
     )
     ignore_eos: bool = Field(False, description="Go on past the model's end of text.")
-    logprobs: int | None = Field(
-        None,
-        ge=0,
-        le=20,
-        description="Give each token's log-probability, and that many alternatives.",
-    )
-    echo: bool = Field(False, description="Begin the text with the prompt.")
     priority: int = Field(
         0, ge=-10, le=10, description="Lower runs earlier; first come, first served within one."
     )
@@ -140,6 +125,26 @@ class GenerateRequest(RequestBody):
     def stops(self) -> list[str]:
         """The stop strings, as a list in any case."""
         return [self.stop] if isinstance(self.stop, str) else self.stop
+
+
+class GenerateRequest(SamplingFields):
+    """Continue a prompt."""
+
+    prompt: Prompt = Field(description="What to continue: a text, or token ids.")
+    stream: bool = Field(True, description="Server-sent events, or one JSON answer when false.")
+    max_tokens: int = Field(
+        DEFAULT_MAX_TOKENS,
+        ge=1,
+        description="Tokens to generate at most; with the prompt they must fit the context. When "
+        f"absent, {DEFAULT_MAX_TOKENS} or what still fits.",
+    )
+    logprobs: int | None = Field(
+        None,
+        ge=0,
+        le=20,
+        description="Give each token's log-probability, and that many alternatives.",
+    )
+    echo: bool = Field(False, description="Begin the text with the prompt.")
 
 
 class TokenizeRequest(RequestBody):

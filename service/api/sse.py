@@ -28,9 +28,14 @@ def format_event(event_id: str, event: str, data: bytes) -> bytes:
     """
     if _NOT_IN_A_LINE.search(event_id) or _NOT_IN_A_LINE.search(event):
         raise ValueError(f"an event's id and name are one line each: {event_id!r}, {event!r}")
+    return b"id: %b\nevent: %b\n%b" % (event_id.encode(), event.encode(), format_data(data))
+
+
+def format_data(data: bytes) -> bytes:
+    """An event without id and name, as OpenAI's streams have them; lines as in `format_event`."""
     if b"\n" in data or b"\r" in data:
         data = b"\ndata: ".join(_LINE_END.split(data))
-    return b"id: %b\nevent: %b\ndata: %b\n\n" % (event_id.encode(), event.encode(), data)
+    return b"data: %b\n\n" % data
 
 
 class EventStreamResponse(Response):

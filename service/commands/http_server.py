@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from pathlib import Path
 from types import FrameType
 
@@ -47,8 +48,13 @@ def make_server(settings: Settings, client: EngineClient, model: LoadedModel) ->
         keep_alive_s=settings.keep_alive_s,
         api_key_hashes=read_api_keys(settings.api_key_file),
     )
-    name = settings.served_model_name or settings.model or BUNDLED_MODEL_NAME
-    app = create_app(limits, client, model.get_tokenizer, name.rstrip("/").rsplit("/", 1)[-1])
+    app = create_app(
+        limits,
+        client,
+        model.get_tokenizer,
+        served_name(settings),
+        chat_renderer=model.get_chat_renderer,
+    )
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -60,6 +66,18 @@ def make_server(settings: Settings, client: EngineClient, model: LoadedModel) ->
         timeout_keep_alive=75,
     )
     return DrainingServer(config)
+
+
+def served_name(settings: Settings) -> str:
+    """What clients call the model: as the settings say, or the last part of a directory's path
+    (the rest is nobody's business), or the hub id."""
+    if settings.served_model_name:
+        return settings.served_model_name
+    if settings.model is None:
+        return BUNDLED_MODEL_NAME
+    # Not Path.is_dir: it raises where the name is longer than the system's limit.
+    is_directory = os.path.isdir(settings.model)  # noqa: PTH112
+    return Path(settings.model).resolve().name if is_directory else settings.model
 
 
 def read_api_keys(path: Path | None) -> tuple[bytes, ...]:

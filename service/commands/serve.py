@@ -59,4 +59,5 @@ async def _serve(settings: Settings, client: EngineClient, early: EarlySignals) 
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
+        await model.close()
         await client.stop()

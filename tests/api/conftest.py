@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 import httpx2
+import openai
 import pytest
 import tokenizers
 from fastapi import FastAPI
@@ -68,6 +69,18 @@ class House:
         async with httpx2.AsyncClient(transport=transport, base_url="http://test") as client:
             yield client
 
+    @asynccontextmanager
+    async def openai(self, api_key: str = "none") -> AsyncIterator[openai.AsyncOpenAI]:
+        """OpenAI's own client; a stream comes to it in one piece, when it has ended."""
+        transport = httpx2.ASGITransport(app=self.app)
+        async with openai.AsyncOpenAI(
+            base_url="http://test/v1",
+            api_key=api_key,
+            max_retries=0,
+            http_client=httpx2.AsyncClient(transport=transport),
+        ) as client:
+            yield client
+
     def counts(self) -> dict[str, float]:
         """All counters and gauges, by name and labels."""
         return {
@@ -91,10 +104,12 @@ class House:
 def house(tokenizer: Tokenizer) -> Callable[..., House]:
     """Make an app: `house(script, **limits)`."""
 
-    def make(script: Script = stay_silent, **limits: Any) -> House:
+    def make(script: Script = stay_silent, *, chat_renderer: Any = None, **limits: Any) -> House:
         engine = FakeEngine(script)
         bounds = ApiLimits(**limits)
-        app = create_app(bounds, engine, lambda: tokenizer, "case")
+        app = create_app(
+            bounds, engine, lambda: tokenizer, "case", chat_renderer=lambda: chat_renderer
+        )
         return House(engine, app, tokenizer, bounds)
 
     return make

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from service.commands.http_server import served_name
 from service.settings import Settings, SettingsError, engine_config, read_settings
 
 
@@ -42,3 +43,18 @@ def test_a_wrong_value_is_refused_with_the_flag_the_value_and_the_limit() -> Non
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         read_settings(Settings, []).port = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ([], "stories"),
+        (["--model", "org/name"], "org/name"),
+        (["--model", "a" * 300], "a" * 300),
+        (["--model", "."], Path.cwd().name),
+        (["--model", str(Path.cwd()) + "/"], Path.cwd().name),
+        (["--model", ".", "--served-model-name", "my/own"], "my/own"),
+    ],
+)
+def test_what_clients_call_the_model(arguments: list[str], name: str) -> None:
+    assert served_name(read_settings(Settings, arguments)) == name
