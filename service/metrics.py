@@ -7,7 +7,7 @@ accepted = finished + aborted + failed + in flight, at every moment.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -17,6 +17,9 @@ from prometheus_client.registry import Collector
 from service.engine.messages import EngineStats
 
 Outcome = Literal["finished", "aborted", "failed"]
+# Why nobody waits for an answer any more: its client went away; its client took nothing of what
+# was waiting for too long; its client went away and did not come back within `detach_s`.
+AbortReason = Literal["client-gone", "slow-reader", "detach-expired"]
 
 
 class Metrics:
@@ -28,7 +31,11 @@ class Metrics:
         self._finished = self._counter(
             "requests_finished", "Requests answered to the end, by why they ended.", "reason"
         )
-        self._aborted = self._counter("requests_aborted", "Requests whose client went away.")
+        self._aborted = self._counter(
+            "requests_aborted", "Requests that nobody waited for any more, by why.", "reason"
+        )
+        for reason in get_args(AbortReason):
+            self._aborted.labels(reason)
         self._failed = self._counter("requests_failed", "Requests that ended with an error.")
         self._rejected = self._counter(
             "requests_rejected", "Requests refused before they were admitted, by why.", "reason"
@@ -53,12 +60,12 @@ class Metrics:
         self._prompt.inc(num_prompt_tokens)
 
     def ended(self, outcome: Outcome, reason: str) -> None:
-        """An admitted request ended; called once for each. `reason` counts when it finished."""
+        """An admitted request ended; called once for each. `reason` counts unless it failed."""
         self._in_flight.dec()
         if outcome == "finished":
             self._finished.labels(reason).inc()
         elif outcome == "aborted":
-            self._aborted.inc()
+            self._aborted.labels(reason).inc()
         else:
             self._failed.inc()
 
@@ -69,6 +76,11 @@ class Metrics:
     def generated(self, num_tokens: int) -> None:
         """Tokens came from the engine."""
         self._generated.inc(num_tokens)
+
+    def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
+        """Show a number as it is when someone asks."""
+        gauge = Gauge(f"vitrine_{name}", text, registry=self.registry)
+        gauge.set_function(value)
 
     def watch_engine(self, stats: Callable[[], EngineStats]) -> None:
         """Show the engine's own numbers, as they are when someone asks."""

@@ -9,11 +9,12 @@ from fastapi import FastAPI
 from starlette.types import Lifespan
 
 from model.tokenizer import Tokenizer
-from service.api import errors, generate, openapi, operations, tokenization
+from service.api import errors, generate, openapi, operations, resume, tokenization
 from service.api.context import ApiContext
 from service.api.generation import ActiveGenerations
 from service.api.limits import ApiLimits
 from service.api.middleware import ApiKeyMiddleware, BodyLimitMiddleware, RequestIdMiddleware
+from service.api.resumable import ResumableStreams
 from service.client import Engine
 from service.metrics import Metrics
 
@@ -34,6 +35,9 @@ def create_app(
     """
     metrics = Metrics()
     metrics.watch_engine(lambda: engine.stats)
+    resumable = ResumableStreams(settings.max_detachable, settings.max_detach_bytes)
+    metrics.watch("detachable_requests", "Requests kept for their detach_s.", resumable.__len__)
+    metrics.watch("detachable_bytes", "Bytes of their events.", lambda: resumable.num_bytes)
     context = ApiContext(
         limits=settings,
         engine=engine,
@@ -41,6 +45,7 @@ def create_app(
         model_name=model_name,
         metrics=metrics,
         generations=ActiveGenerations(engine, metrics),
+        resumable=resumable,
     )
     app = FastAPI(
         title="Vitrine",
@@ -55,7 +60,7 @@ def create_app(
     app.add_middleware(ApiKeyMiddleware, key_hashes=settings.api_key_hashes)
     app.add_middleware(RequestIdMiddleware)
     errors.install(app)
-    for module in (generate, tokenization, operations):
+    for module in (generate, resume, tokenization, operations):
         app.include_router(module.routes(context))
     openapi.install(app)
     return app

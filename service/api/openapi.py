@@ -17,12 +17,16 @@ from service.api.errors import MEDIA_TYPE, Problem
 _REF = "#/components/schemas/{}"
 _REFUSALS = {
     401: "The API key is missing or wrong.",
+    404: "There is no such request, or it is another API key's.",
+    409: "The request id is in use; see detach_s.",
     413: "The body is over the limit.",
     415: "The body is not declared as JSON.",
     422: "A field is wrong, unknown or unsupported, or the request can never fit.",
     429: "The queue is full; Retry-After says when to come again.",
     503: "The engine cannot take a request now; Retry-After says when to come again.",
 }
+_WITHOUT_BODY = (401, 503)
+_WITH_BODY = (401, 413, 415, 422, 429, 503)
 _REQUESTS: tuple[type[BaseModel], ...] = (
     schemas.GenerateRequest,
     schemas.TokenizeRequest,
@@ -33,6 +37,7 @@ _ANSWERS: tuple[type[msgspec.Struct], ...] = (
     answers.TokenEvent,
     answers.DoneEvent,
     answers.GenerateAnswer,
+    answers.CancelAnswer,
     answers.TokenizeAnswer,
     answers.DetokenizeAnswer,
     answers.HealthAnswer,
@@ -43,11 +48,15 @@ _ANSWERS: tuple[type[msgspec.Struct], ...] = (
 
 def describe(
     request: type[BaseModel] | None,
-    answer: type[msgspec.Struct],
+    answer: type[msgspec.Struct] | None,
     events: Sequence[type[msgspec.Struct]] = (),
+    refusals: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """Keyword arguments of a route's decorator: its body, its answer, and its refusals."""
-    content: dict[str, Any] = {"application/json": {"schema": _ref(answer)}}
+    """Keyword arguments of a route's decorator: its body, its answer (None: events only), and
+    its refusals besides those of every route with a body or of every one without."""
+    content: dict[str, Any] = {}
+    if answer is not None:
+        content["application/json"] = {"schema": _ref(answer)}
     shown: list[type[msgspec.Struct]] = [*events, Problem]
     if events:
         content["text/event-stream"] = {
@@ -57,13 +66,13 @@ def describe(
                 + ", ".join(one.__name__ for one in shown),
             }
         }
-    refusals = {401, 503} if request is None else set(_REFUSALS)
+    usual = _WITHOUT_BODY if request is None else _WITH_BODY
     responses: dict[int, dict[str, Any]] = {
         status: {
             "description": _REFUSALS[status],
             "content": {MEDIA_TYPE: {"schema": _ref(Problem)}},
         }
-        for status in sorted(refusals)
+        for status in sorted({*usual, *refusals})
     }
     described: dict[str, Any] = {"responses": {200: {"content": content}, **responses}}
     if request is not None:

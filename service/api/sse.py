@@ -15,7 +15,10 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from service.api.disconnect import until_disconnect
+from service.metrics import AbortReason
 
+# A server that closes a connection because its client takes nothing sets this in the scope.
+SLOW_READER = "vitrine.slow_reader"
 KEEP_ALIVE = b": keep-alive\n\n"
 _LINE_END = re.compile(rb"\r\n|\r|\n")
 _NOT_IN_A_LINE = re.compile(r"[\r\n\0]")
@@ -37,7 +40,8 @@ class EventStreamResponse(Response):
     """Sends what `next_chunk` gives until it gives None.
 
     `next_chunk` is called again only when the last chunk is out: a slow client slows its own
-    stream and nothing piles up here. It is cancelled when the client goes away.
+    stream and nothing piles up here. It is cancelled when the client goes away. `on_close` is
+    told why nobody reads any more; for an answer that is complete that means nothing.
     """
 
     media_type = "text/event-stream"
@@ -45,7 +49,7 @@ class EventStreamResponse(Response):
     def __init__(
         self,
         next_chunk: Callable[[], Awaitable[bytes | None]],
-        on_close: Callable[[], None],
+        on_close: Callable[[AbortReason], None],
         keep_alive_s: float,
     ) -> None:
         self._next_chunk = next_chunk
@@ -67,7 +71,7 @@ class EventStreamResponse(Response):
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            self._on_close()
+            self._on_close("slow-reader" if scope.get(SLOW_READER) else "client-gone")
             for task in tasks:
                 task.cancel()
             ends = await asyncio.gather(*tasks, return_exceptions=True)

@@ -110,7 +110,7 @@ async def test_a_sequence_goes_on_with_the_tokens_it_has(engine: PlayedEngine) -
     assert (again.prompt_token_ids, again.output_token_ids) == ([1, 2, 3], [7, 8])
     assert again.sampling.seed == 5
     engine.says(SequenceOutput(entry.id, [9], finish_reason="length"))
-    output = await entry.next()
+    output = entry.take()
     assert (output.token_ids, output.finish_reason) == ([7, 8, 9], "length")
     assert engine.client.in_flight == 0
 
@@ -127,14 +127,14 @@ async def test_only_the_request_that_kills_engines_fails(engine: PlayedEngine) -
     engine.says(SequenceOutput(first.id, [7]))
     assert engine.take() == [killer.id]
     engine.dies()
-    assert (await killer.next()).finish_reason == "error"
+    assert killer.take().finish_reason == "error"
     engine.starts()
     assert engine.take() == [third.id], "still a suspect, still alone"
     engine.says(SequenceOutput(third.id, [7]))
     assert engine.take() == [first.id]
     for entry in (first, third):
         engine.says(SequenceOutput(entry.id, [8], finish_reason="length"))
-        assert (await entry.next()).finish_reason == "length"
+        assert entry.take().finish_reason == "length"
 
 
 async def test_engines_that_die_while_loading_blame_nobody(engine: PlayedEngine) -> None:
@@ -145,7 +145,7 @@ async def test_engines_that_die_while_loading_blame_nobody(engine: PlayedEngine)
     engine.starts()
     assert engine.take() == [entry.id]
     engine.says(SequenceOutput(entry.id, [7], finish_reason="length"))
-    assert (await entry.next()).finish_reason == "length"
+    assert entry.take().finish_reason == "length"
 
 
 async def test_a_suspect_that_is_cancelled_lets_the_next_one_go(engine: PlayedEngine) -> None:
@@ -216,7 +216,7 @@ async def test_what_drains_too_long_ends_as_cancelled(engine: PlayedEngine) -> N
     (entry,) = engine.submit()
     engine.says(SequenceOutput(entry.id, [7]))
     await engine.client.drain(grace_s=0.01)
-    output = await entry.next()
+    output = entry.take()
     assert (output.token_ids, output.finish_reason) == ([7], "cancelled")
     assert isinstance(engine.inbox[-1], Abort)
     with pytest.raises(EngineUnavailableError, match="shutting down"):
