@@ -83,7 +83,14 @@ class Settings(ModelSettings):
         None, description="the name clients see; without it, the model's directory or hub id"
     )
     api_key_file: Path | None = Field(
-        None, description="file with one API key a line (name:key, or key); without it, no key"
+        None,
+        description="file with one API key a line: name:sha256:<hex> (see `vitrine keys`), "
+        "name:key or key; without keys, everyone is let in",
+    )
+    api_keys: str | None = Field(
+        None,
+        description="keys as in the file, separated by commas: meant for VITRINE_API_KEYS, as "
+        "command lines are seen by every user of a machine",
     )
     max_queue_requests: int = Field(
         256, ge=0, description="requests that may wait beyond max-num-seqs before 429"

@@ -26,7 +26,7 @@ async def make_plan(
     request_id: str,
     arrived_s: float,
     *,
-    owner: str = "",
+    owner: str | None = None,
 ) -> Plan:
     """Everything that is known before the engine is asked. `owner` may resume and cancel it.
 

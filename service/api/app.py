@@ -12,8 +12,9 @@ from model.tokenizer import Tokenizer
 from service.api import errors, generate, openapi, operations, resume, tokenization
 from service.api.context import ApiContext
 from service.api.generation import ActiveGenerations
+from service.api.identity import ApiKeyMiddleware
 from service.api.limits import ApiLimits
-from service.api.middleware import ApiKeyMiddleware, BodyLimitMiddleware, RequestIdMiddleware
+from service.api.middleware import BodyLimitMiddleware, RequestIdMiddleware
 from service.api.resumable import ResumableStreams
 from service.client import Engine
 from service.metrics import Metrics
@@ -57,7 +58,7 @@ def create_app(
     app.state.context = context
     # The last added is the first that a request meets.
     app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes)
-    app.add_middleware(ApiKeyMiddleware, key_hashes=settings.api_key_hashes)
+    app.add_middleware(ApiKeyMiddleware, keys=settings.api_keys)
     app.add_middleware(RequestIdMiddleware)
     errors.install(app)
     for module in (generate, resume, tokenization, operations):

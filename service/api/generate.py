@@ -21,8 +21,8 @@ from service.api.disconnect import run_while_connected
 from service.api.errors import ProblemError, request_id_of
 from service.api.event_writer import EventWriter
 from service.api.generation import Generation, RequestKey
+from service.api.identity import key_name_of
 from service.api.openapi import describe
-from service.api.owner import owner_of
 from service.api.schemas import GenerateRequest
 from service.api.sse import EventStreamResponse
 from service.engine.messages import TokenLogprob
@@ -59,7 +59,7 @@ def routes(context: ApiContext) -> APIRouter:
                 context,
                 request_id_of(request),
                 arrived_s,
-                owner=owner_of(request, context.limits),
+                owner=key_name_of(request),
             )
             tokenizer, _ = context.loaded()
             _check_id(plan.key, context, is_kept=body.detach_s > 0)

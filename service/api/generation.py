@@ -30,7 +30,7 @@ _BY_WEIGHT = ("timeout", "cancelled", "length", "stop")
 
 _MAX_CANCELLED = 1024
 
-RequestKey = tuple[str, str]  # owner, request id: nobody meets another's requests
+RequestKey = tuple[str | None, str]  # owner, request id: nobody meets another's requests
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Plan:
     priority: int
     arrived_s: float  # the event loop's clock
     timeout_s: float  # from arrival
-    owner: str = ""  # who may cancel or resume it: see `owner_of`
+    owner: str | None = None  # the API key that may cancel or resume it; None: anyone
 
     @property
     def key(self) -> RequestKey:

@@ -12,8 +12,8 @@ from service.api import answers
 from service.api.answers import CancelAnswer, DoneEvent, StartEvent, TokenEvent
 from service.api.context import ApiContext
 from service.api.errors import ProblemError, invalid_field
+from service.api.identity import key_name_of
 from service.api.openapi import describe
-from service.api.owner import owner_of
 from service.api.resumable import ResumableStream
 from service.api.sse import EventStreamResponse
 
@@ -45,7 +45,7 @@ def routes(context: ApiContext) -> APIRouter:
     async def resume(
         request: Request, request_id: RequestId, last_event_id: LastEventId = ""
     ) -> Response:
-        stream = context.resumable.find((owner_of(request, context.limits), request_id))
+        stream = context.resumable.find((key_name_of(request), request_id))
         if stream is None:
             raise ProblemError(
                 "not-found",
@@ -70,7 +70,7 @@ def routes(context: ApiContext) -> APIRouter:
     async def cancel(request: Request, request_id: RequestId) -> Response:
         if await request.body() not in (b"", b"{}"):
             raise ProblemError("invalid-request", 422, "this route takes no body")
-        key = (owner_of(request, context.limits), request_id)
+        key = (key_name_of(request), request_id)
         if context.generations.cancel(key):
             answer = CancelAnswer(request_id, "cancelled")
         elif context.resumable.find(key) is not None:

@@ -10,7 +10,8 @@ from types import FrameType
 import uvicorn
 
 from service.api.app import create_app
-from service.api.limits import ApiLimits, api_key_hash
+from service.api.keys import ApiKey, KeyFileError, parse_keys
+from service.api.limits import ApiLimits
 from service.client import EngineClient
 from service.commands.loading import LoadedModel
 from service.settings import Settings, SettingsError
@@ -45,7 +46,7 @@ def make_server(settings: Settings, client: EngineClient, model: LoadedModel) ->
         max_body_bytes=settings.max_body_bytes,
         request_timeout_s=settings.request_timeout_s,
         keep_alive_s=settings.keep_alive_s,
-        api_key_hashes=read_api_keys(settings.api_key_file),
+        api_keys=read_api_keys(settings.api_key_file, settings.api_keys),
     )
     name = settings.served_model_name or settings.model or BUNDLED_MODEL_NAME
     app = create_app(limits, client, model.get_tokenizer, name.rstrip("/").rsplit("/", 1)[-1])
@@ -62,27 +63,27 @@ def make_server(settings: Settings, client: EngineClient, model: LoadedModel) ->
     return DrainingServer(config)
 
 
-def read_api_keys(path: Path | None) -> tuple[bytes, ...]:
-    """Hashes of the keys in a file of one key a line, `key` or `name:key` (the name ends at
-    the first colon); blank lines and lines that begin with # do not count.
+def read_api_keys(path: Path | None, from_environment: str | None = None) -> tuple[ApiKey, ...]:
+    """The keys of a file, one a line, and of VITRINE_API_KEYS, separated by commas (both as
+    `service.api.keys.parse_keys` has it).
 
-    Raises `SettingsError` for a file that cannot be read or that holds no key: a server that
-    was told to ask for keys must not run without.
+    Raises `SettingsError` for a file that cannot be read, a line that holds no key, and for no
+    key at all: a server that was told to ask for keys must not run without.
     """
-    if path is None:
+    if path is None and from_environment is None:
         return ()
+    lines = [] if from_environment is None else from_environment.split(",")
+    where = "VITRINE_API_KEYS"
     try:
-        lines = [line.strip() for line in path.read_text().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"--api-key-file {path}: {error}") from None
-    keys = [
-        line.partition(":")[2] if ":" in line else line
-        for line in lines
-        if line and not line.startswith("#")
-    ]
-    if not keys or not all(keys):
-        raise SettingsError(f"--api-key-file {path} holds no key, or an empty one")
-    return tuple(api_key_hash(key) for key in keys)
+        keys = parse_keys(lines)
+        if path is not None:
+            where = f"--api-key-file {path}"
+            keys = parse_keys([*path.read_text().splitlines(), *lines])
+    except (OSError, UnicodeDecodeError, KeyFileError) as error:
+        raise SettingsError(f"{where}: {error}") from None
+    if not keys:
+        raise SettingsError(f"{where} holds no key")
+    return keys
 
 
 async def end_in_order(server: DrainingServer, client: EngineClient, drain_s: float) -> None:
