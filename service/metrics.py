@@ -36,6 +36,9 @@ class Metrics:
         )
         for reason in get_args(AbortReason):
             self._aborted.labels(reason)
+        self._slow_readers = self._counter(
+            "slow_readers", "Connections closed because their clients took nothing."
+        )
         self._failed = self._counter("requests_failed", "Requests that ended with an error.")
         self._rejected = self._counter(
             "requests_rejected", "Requests refused before they were admitted, by why.", "reason"
@@ -72,6 +75,10 @@ class Metrics:
     def rejected(self, reason: str) -> None:
         """A request was refused at the door."""
         self._rejected.labels(reason).inc()
+
+    def slow_reader(self) -> None:
+        """A connection was closed because its client took nothing."""
+        self._slow_readers.inc()
 
     def generated(self, num_tokens: int) -> None:
         """Tokens came from the engine."""

@@ -100,6 +100,15 @@ class Settings(ModelSettings):
         600.0, gt=0, description="longest time a request may take, and the default of timeout_s"
     )
     keep_alive_s: float = Field(15.0, gt=0, description="silence before a keep-alive comment")
+    slow_reader_s: float = Field(
+        60.0, gt=0, description="a client that takes nothing of what waits for so long is cut off"
+    )
+    max_detachable: int = Field(
+        128, ge=0, description="requests with detach_s that are kept at a time before 429"
+    )
+    max_detach_bytes: int = Field(
+        4 * 2**20, ge=1024, description="of events kept for one of them; past it, it fails"
+    )
     drain_s: float = Field(30.0, ge=0, description="time for running requests after SIGTERM")
     stall_s: float = Field(
         30.0, gt=0, description="silence after which the engine is taken for dead and replaced"

@@ -46,7 +46,7 @@ class Plan:
     priority: int
     arrived_s: float  # the event loop's clock
     timeout_s: float  # from arrival
-    owner: str | None = None  # the API key that may cancel or resume it; None: anyone
+    owner: str | None = None  # the API key that may resume and cancel it; None: no keys
 
     @property
     def key(self) -> RequestKey:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -13,13 +15,24 @@ from service.api.app import create_app
 from service.api.keys import ApiKey, KeyFileError, parse_keys
 from service.api.limits import ApiLimits
 from service.client import EngineClient
+from service.commands.connections import (
+    CHECK_S,
+    Connection,
+    SlowReaders,
+    bound_send_buffers,
+    cut,
+)
 from service.commands.loading import LoadedModel
+from service.metrics import Metrics
 from service.settings import Settings, SettingsError
 
 log = logging.getLogger("vitrine")
 
-# After the running requests are done or cancelled: time for their last bytes to leave.
+# After the running requests are done or cancelled: time for their last bytes to leave, if the
+# client takes any of them within a shorter time.
 LAST_BYTES_S = 5
+LAST_SLOW_READER_S = 1.0
+BACKLOG = 4096  # connections that wait to be accepted; the kernel may have a lower limit
 BUNDLED_MODEL_NAME = "stories"
 
 
@@ -28,10 +41,23 @@ class DrainingServer(uvicorn.Server):
     running requests finish, so that /health/ready and new requests are told 503 rather than
     refused a connection. A second signal ends the server at once."""
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(
+        self, config: uvicorn.Config, slow_reader_s: float, on_slow_reader: Callable[[], None]
+    ) -> None:
         super().__init__(config)
+        self.slow_reader_s = slow_reader_s
+        self.slow_readers = SlowReaders(on_slow_reader)
         self.stop_asked = asyncio.Event()
         self._loop = asyncio.get_running_loop()
+
+    @property
+    def connections(self) -> list[Connection]:
+        """Those that are open."""
+        return list(self.server_state.connections)  # type: ignore[arg-type]
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        bound_send_buffers(one for server in self.servers for one in server.sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.stop_asked.is_set():
@@ -46,6 +72,8 @@ def make_server(settings: Settings, client: EngineClient, model: LoadedModel) ->
         max_body_bytes=settings.max_body_bytes,
         request_timeout_s=settings.request_timeout_s,
         keep_alive_s=settings.keep_alive_s,
+        max_detachable=settings.max_detachable,
+        max_detach_bytes=settings.max_detach_bytes,
         api_keys=read_api_keys(settings.api_key_file, settings.api_keys),
     )
     name = settings.served_model_name or settings.model or BUNDLED_MODEL_NAME
@@ -57,10 +85,17 @@ def make_server(settings: Settings, client: EngineClient, model: LoadedModel) ->
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=LAST_BYTES_S,
+        backlog=BACKLOG,
+        timeout_graceful_shutdown=2 * LAST_BYTES_S,  # a last resort: see `end_in_order`
         timeout_keep_alive=75,
     )
-    return DrainingServer(config)
+    metrics: Metrics = app.state.context.metrics
+    server = DrainingServer(config, settings.slow_reader_s, metrics.slow_reader)
+    loop = asyncio.get_running_loop()
+    metrics.watch("journal_entries", "Sequences in the journal.", lambda: client.in_flight)
+    metrics.watch("http_connections", "Open connections.", lambda: len(server.connections))
+    metrics.watch("asyncio_tasks", "Tasks in the API.", lambda: len(asyncio.all_tasks(loop)))
+    return server
 
 
 def read_api_keys(path: Path | None, from_environment: str | None = None) -> tuple[ApiKey, ...]:
@@ -86,6 +121,14 @@ def read_api_keys(path: Path | None, from_environment: str | None = None) -> tup
     return keys
 
 
+async def watch_connections(server: DrainingServer) -> None:
+    """Close those whose clients take nothing, until cancelled."""
+    clock = asyncio.get_running_loop().time
+    while True:
+        server.slow_readers.check(server.connections, clock(), server.slow_reader_s)
+        await asyncio.sleep(CHECK_S)
+
+
 async def end_in_order(server: DrainingServer, client: EngineClient, drain_s: float) -> None:
     """Wait for a signal or an engine that cannot start; let running requests end; stop."""
     waits = [
@@ -100,4 +143,8 @@ async def end_in_order(server: DrainingServer, client: EngineClient, drain_s: fl
     if server.stop_asked.is_set():
         log.info("stopping; %d requests have %g s to finish", client.in_flight, drain_s)
         await client.drain(drain_s)
+    server.slow_reader_s = min(server.slow_reader_s, LAST_SLOW_READER_S)
     server.should_exit = True
+    await asyncio.sleep(LAST_BYTES_S)
+    for connection in server.connections:
+        cut(connection)
