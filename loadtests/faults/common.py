@@ -24,7 +24,7 @@ from rich.table import Table
 
 START_LIMIT_S = 120.0
 STOP_LIMIT_S = 60.0
-ENGINE_MODULE = "service.engine"
+ENGINE_MODULES = {"service.engine", "tests.poisoned_engine"}
 PAGE_WIDTH = 110  # of tables that go to a file
 
 Json = dict[str, object]
@@ -40,21 +40,21 @@ class Target:
     log: Path | None
 
     def engine(self) -> psutil.Process | None:
-        """The engine process that runs now; None while there is none."""
+        """The engine process that runs now; the standby is younger. None while there is none."""
         if self.given_engine_pid is not None:
             return psutil.Process(self.given_engine_pid)
         if self.process is None:
             return None
         try:
             children = psutil.Process(self.process.pid).children(recursive=True)
-            engines = [child for child in children if ENGINE_MODULE in child.cmdline()]
+            engines = [child for child in children if ENGINE_MODULES & set(child.cmdline())]
+            return min(engines, key=psutil.Process.create_time, default=None)
         except psutil.Error:  # one ended while we looked
             return None
-        return engines[-1] if engines else None
 
     def rss_bytes(self) -> dict[str, int]:
         """Resident bytes of the API process and of the engine, of those whose pid is known."""
-        found: dict[str, int] = {}
+        found: dict[str, int] = {}  # processes come and go: one that has gone has no memory
         engine = self.engine()
         if engine is not None:
             found["engine"] = engine.memory_info().rss

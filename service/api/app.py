@@ -33,7 +33,7 @@ def create_app(
     `tokenizer` returns None while it is being loaded. `app.state.context` is the `ApiContext`.
     """
     metrics = Metrics()
-    metrics.watch_engine(lambda: engine.stats)
+    metrics.watch_engine(lambda: engine.stats, lambda: engine.health)
     context = ApiContext(
         limits=settings,
         engine=engine,

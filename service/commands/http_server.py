@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from pathlib import Path
 from types import FrameType
 
@@ -17,26 +18,46 @@ from service.settings import Settings, SettingsError
 
 log = logging.getLogger("vitrine")
 
-# After the running requests are done or cancelled: time for their last bytes to leave.
-LAST_BYTES_S = 5
+# After the running requests are done or cancelled: time for their last bytes to leave. A
+# client that has not read them by then is hung up on.
+LAST_BYTES_S = 5.0
 BUNDLED_MODEL_NAME = "stories"
 
 
 class DrainingServer(uvicorn.Server):
     """On the first SIGTERM or Ctrl-C only `stop_asked` is set: the sockets stay open while
     running requests finish, so that /health/ready and new requests are told 503 rather than
-    refused a connection. A second signal ends the server at once."""
+    refused a connection. A second signal cuts the time they have short: what still runs ends
+    as cancelled, and then the server."""
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: uvicorn.Config, client: EngineClient) -> None:
         super().__init__(config)
         self.stop_asked = asyncio.Event()
+        self._client = client
         self._loop = asyncio.get_running_loop()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # Signal handlers run between any two instructions; the events belong to the loop.
+        self._loop.call_soon_threadsafe(self._asked_to_stop)
+
+    def _asked_to_stop(self) -> None:
         if self.stop_asked.is_set():
-            self.force_exit = self.should_exit = True
-        # Signal handlers run between any two instructions; the event belongs to the loop.
-        self._loop.call_soon_threadsafe(self.stop_asked.set)
+            self._client.end_grace()
+        self.stop_asked.set()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # uvicorn would cancel the tasks of clients that do not read, each with a traceback in
+        # the log. To the app a connection that is cut is a client that went away.
+        hang_up = self._loop.call_later(LAST_BYTES_S, self._hang_up)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            hang_up.cancel()
+
+    def _hang_up(self) -> None:
+        for connection in list(self.server_state.connections):
+            log.info("hanging up on a client that does not read")
+            connection.transport.abort()
 
 
 def make_server(settings: Settings, client: EngineClient, model: LoadedModel) -> DrainingServer:
@@ -56,10 +77,11 @@ def make_server(settings: Settings, client: EngineClient, model: LoadedModel) ->
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=LAST_BYTES_S,
+        timeout_graceful_shutdown=int(2 * LAST_BYTES_S),
+        lifespan="off",  # what starts and ends with the server does so in serve.py
         timeout_keep_alive=75,
     )
-    return DrainingServer(config)
+    return DrainingServer(config, client)
 
 
 def read_api_keys(path: Path | None) -> tuple[bytes, ...]:

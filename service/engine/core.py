@@ -112,15 +112,17 @@ class EngineCore:
         return self.scheduler.refusal(len(request.prompt_token_ids), request.sampling.max_tokens)
 
     def _run(self, scheduled: list[Scheduled]) -> list[SequenceOutput]:
-        """Forward and book. When the forward raises, each sequence runs alone, so that only
-        the one that is at fault ends with an error (law 6)."""
+        """Forward and book. When the forward raises, each half runs by itself, and so on, so
+        that only the sequence that is at fault ends with an error (law 6), and a step that did
+        not fit the memory runs in parts. Computing again what was computed changes nothing."""
         if not scheduled:
             return []
         try:
             sampled = self.runner.run(scheduled, self.last_step)
         except Exception as error:  # noqa: BLE001 - whatever it is, it must cost one sequence only
             if len(scheduled) > 1:
-                return [output for item in scheduled for output in self._run([item])]
+                middle = len(scheduled) // 2
+                return self._run(scheduled[:middle]) + self._run(scheduled[middle:])
             return [self._fail(scheduled[0].sequence, f"{type(error).__name__}: {error}")]
         return self._book(scheduled, sampled)
 
