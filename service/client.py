@@ -14,7 +14,7 @@ from typing import Protocol
 
 from service.engine.messages import EngineConfig, EngineStats, ModelInfo, StepOutput
 from service.health import EngineHealth, EngineState
-from service.in_flight import InFlight
+from service.in_flight import InFlight, Loss
 from service.journal import SequenceRequest, TokenStream
 from service.supervisor import Supervisor
 
@@ -206,8 +206,8 @@ class EngineClient:
             if self._in_flight.deliver(output):
                 self._finishes.append(time.monotonic())
 
-    def engine_lost(self) -> None:
-        self._in_flight.engine_lost()
+    def engine_lost(self, loss: Loss) -> None:
+        self._in_flight.engine_lost(loss)
         self._stats = EngineStats()
 
     def engine_failed(self, reason: str) -> None:

@@ -17,6 +17,7 @@ import zmq
 import zmq.asyncio
 
 from model.threads import set_wait_policy
+from service.engine import recorder
 from service.engine.messages import MAX_MESSAGE_BYTES
 
 log = logging.getLogger("vitrine.engine")
@@ -43,6 +44,7 @@ class EngineProcess:
             # A long TMPDIR: the system bounds the length of a socket's path.
             folder.rmdir()
             folder = Path(tempfile.mkdtemp(prefix="vitrine-", dir="/tmp"))
+        recorder.create(folder)
         environment = dict(os.environ)
         set_wait_policy(environment)
         process = subprocess.Popen(  # noqa: S603 - our own module, no shell
@@ -69,6 +71,16 @@ class EngineProcess:
             return f"was killed by {signal.Signals(-status).name}"
         except ValueError:
             return f"was killed by signal {-status}"
+
+    @property
+    def is_killed_from_outside(self) -> bool:
+        """Whether it was ended by a signal that no fault of its own raises."""
+        return self.process.poll() in (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGHUP)
+
+    @property
+    def ids_in_step(self) -> frozenset[int]:
+        """The sequences that it was computing when it ended; empty when it was not."""
+        return recorder.read(self.folder)
 
     def bind(self) -> zmq.asyncio.Socket:
         """The API's end of the socket."""

@@ -1,9 +1,10 @@
 """The sequences in flight, and which of them the engine is given.
 
-Everything at once, as long as engines live. A sequence that two engines in a row died with,
-without a token from it between, is a suspect: suspects are given to the next engine one after
-another, each alone until it shows a token. The one that a third engine dies with ends with an
-error, and the others go on.
+Everything at once, as long as engines live. A sequence that two engines in a row died
+computing, without a token from it between, is a suspect: suspects are given to the next engine
+one after another, each alone until it shows a token. The one that a third engine dies computing
+ends with an error, and the others go on. An engine that was killed from outside says less about
+what it computed (an operator, or the system short of memory): there it takes six.
 
 Plain and synchronous: processes and sockets are in `supervisor.py`.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from service.engine.messages import (
     Abort,
@@ -25,6 +27,18 @@ from service.journal import JournalEntry, SequenceRequest
 
 SUSPECT_DEATHS = 2
 MAX_DEATHS = 3
+MAX_KILLS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """How an engine was lost, as far as that bears on who is at fault."""
+
+    ids_in_step: frozenset[int] = frozenset()  # computed at the end; empty: none, or not known
+    is_from_outside: bool = False  # killed by a signal that its own faults do not raise
+
+
+NOT_KNOWN = Loss()
 
 
 class InFlight:
@@ -76,17 +90,23 @@ class InFlight:
         self._has_engine = True
         self._send_due()
 
-    def engine_lost(self) -> None:
-        """The engine died: whatever it had been given may be the reason. One that died while
-        it was loading had nothing."""
+    def engine_lost(self, loss: Loss = NOT_KNOWN) -> None:
+        """The engine died: what it was computing may be the reason, or, when it died between
+        steps, whatever it had been given. One that died while it was loading had nothing."""
         self._has_engine = False
         for entry in self:
             if not entry.is_sent:
                 continue
             entry.is_sent = False
-            entry.deaths += 1
-            if entry.deaths >= MAX_DEATHS:
-                words = f"the engine died {entry.deaths} times while this request was in it"
+            if loss.ids_in_step and entry.id not in loss.ids_in_step:
+                continue
+            if loss.is_from_outside:
+                entry.kills += 1
+            else:
+                entry.deaths += 1
+            if entry.deaths >= MAX_DEATHS or entry.kills >= MAX_KILLS:
+                num_engines = entry.deaths + entry.kills
+                words = f"{num_engines} engines in a row died while they computed this request"
                 self.end(entry, "error", words)
 
     def deliver(self, output: SequenceOutput) -> bool:
@@ -95,7 +115,7 @@ class InFlight:
         if entry is None:
             return False  # cancelled while this was on its way
         was_suspect = _is_suspect(entry)
-        entry.deaths = 0
+        entry.deaths = entry.kills = 0
         entry.receive(output)
         is_end = output.finish_reason is not None
         if is_end:
@@ -132,4 +152,4 @@ class InFlight:
 
 
 def _is_suspect(entry: JournalEntry) -> bool:
-    return entry.deaths >= SUSPECT_DEATHS
+    return entry.deaths + entry.kills >= SUSPECT_DEATHS

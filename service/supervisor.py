@@ -40,6 +40,7 @@ from service.engine.messages import (
 )
 from service.engine_process import EngineProcess
 from service.health import Cause
+from service.in_flight import Loss
 
 log = logging.getLogger("vitrine.engine")
 
@@ -63,7 +64,7 @@ class Listener(Protocol):
 
     def engine_stepped(self, step: StepOutput) -> None: ...
 
-    def engine_lost(self) -> None:
+    def engine_lost(self, loss: Loss) -> None:
         """The engine that was ready, or was about to be, is gone."""
         ...
 
@@ -79,6 +80,7 @@ class Death:
     cause: Cause
     words: str
     details: str = ""  # for the log
+    is_from_outside: bool = False
 
 
 class Supervisor:
@@ -176,7 +178,8 @@ class Supervisor:
             self.death = death
             if self.phase != "failed":
                 self.phase = "restarting"
-            self._listener.engine_lost()
+            ids_in_step = self._engine.ids_in_step if self._engine is not None else frozenset()
+            self._listener.engine_lost(Loss(ids_in_step, death.is_from_outside))
             await self._end_engine(grace_s=0.0)
             if self.failure:
                 return
@@ -268,7 +271,7 @@ class Supervisor:
 
     def _exit_of(self, engine: EngineProcess) -> Death:
         if self._last_words is None:
-            return Death("exit", engine.ending)
+            return Death("exit", engine.ending, is_from_outside=engine.is_killed_from_outside)
         words = f"ended with {self._last_words.kind}"
         return Death("exit", words, self._last_words.message)
 

@@ -36,6 +36,7 @@ from service.engine.messages import (
     encode,
     to_engine_decoder,
 )
+from service.engine.recorder import Recorder
 
 if TYPE_CHECKING:
     from service.engine.core import EngineCore
@@ -84,6 +85,7 @@ def serve(socket: zmq.Socket[bytes]) -> None:
     core = start(socket, config, heartbeat)
     if core is None:
         return
+    core.recorder = Recorder(_folder())
     while handle_messages(socket, core):
         heartbeat.step_begins()
         outputs = core.step() if core.has_work else []
@@ -153,5 +155,10 @@ def _exit_with_parent() -> None:
     folder, which the parent can no longer remove, goes with it."""
     while os.read(sys.stdin.fileno(), 4096):
         pass
-    shutil.rmtree(Path(sys.argv[1].removeprefix("ipc://")).parent, ignore_errors=True)
+    shutil.rmtree(_folder(), ignore_errors=True)
     os._exit(1)
+
+
+def _folder() -> Path:
+    """What the API process made for this life: the socket is in it, and the recorder."""
+    return Path(sys.argv[1].removeprefix("ipc://")).parent

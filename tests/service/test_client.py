@@ -27,6 +27,7 @@ from service.engine.messages import (
     encoder,
     to_engine_decoder,
 )
+from service.in_flight import NOT_KNOWN
 from service.journal import JournalEntry, SequenceRequest
 
 INFO = ModelInfo(
@@ -79,7 +80,7 @@ class PlayedEngine:
 
     def dies(self) -> None:
         self.supervisor.phase = "restarting"
-        self.client.engine_lost()
+        self.client.engine_lost(NOT_KNOWN)
         self.inbox.clear()
 
     def says(self, *outputs: SequenceOutput) -> None:
