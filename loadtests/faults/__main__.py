@@ -10,6 +10,10 @@ import sys
 # docstring is its help.
 NAMES: dict[str, str] = {
     "kill": "loadtests.faults.kill",
+    "stall": "loadtests.faults.stall",
+    "poison": "loadtests.faults.poison",
+    "sigterm": "loadtests.faults.sigterm",
+    "soak": "loadtests.faults.soak",
 }
 
 

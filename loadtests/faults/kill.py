@@ -25,6 +25,7 @@ from loadtests.faults.common import (
     Target,
     add_server_arguments,
     http_client,
+    running,
     seeded,
     target,
 )
@@ -53,16 +54,13 @@ async def _run(arguments: argparse.Namespace, server: Target, rng: random.Random
     async with http_client() as client:
         expected = await undisturbed(client, server.url, requests)
         stop = asyncio.Event()
-        watching = asyncio.create_task(books.watch(client))
-        running = asyncio.create_task(
-            repeat(client, server.url, requests, expected, comparison, stop)
-        )
-        kills = await _kill(server, rng, books, arguments.kills, arguments.gap_s)
-        stop.set()
-        await running
-        watching.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await watching
+        async with (
+            running(books.watch(client)),
+            running(repeat(client, server.url, requests, expected, comparison, stop)) as streams,
+        ):
+            kills = await _kill(server, rng, books, arguments.kills, arguments.gap_s)
+            stop.set()
+            await streams
         await books.scrape(client)
     waits = waits_after(kills, comparison.stamps)
     report = Report("kill", arguments.seed)
