@@ -33,6 +33,7 @@ from service.engine.messages import (
     encoder,
     from_engine_decoder,
 )
+from service.health import EngineHealth
 from service.journal import JournalEntry, SequenceRequest, TokenStream
 
 STEP_S = 0.004  # of the engine that is played: 250 tokens a second for each stream
@@ -69,6 +70,7 @@ class PlayedEngine:
         self.stats = EngineStats()
         self.state: EngineState = "idle"
         self.state_reason = ""
+        self.health = EngineHealth("idle")
         self.entries: dict[int, JournalEntry] = {}
 
     def submit(self, requests: list[SequenceRequest], timeout_s: float) -> list[TokenStream]:

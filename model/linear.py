@@ -31,7 +31,8 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
         self.packed: Tensor | None = None
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as torch.nn.Linear does
+        if not self.weight.is_meta:
+            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as torch.nn.Linear does
 
     def forward(
         self, x: Float[Tensor, "rows in_features"], residual: Tensor | None = None

@@ -53,7 +53,8 @@ class JournalEntry:
     drop: Callable[[JournalEntry], None]
     token_ids: list[int] = field(default_factory=list)  # all received
     is_sent: bool = False  # to the engine that runs now
-    deaths: int = 0  # of engines that had it, since its last output
+    deaths: int = 0  # of engines that were computing it, since its last output
+    kills: int = 0  # the same, killed from outside
     _num_taken: int = 0  # of token_ids
     _logprobs: list[TokenLogprob] = field(default_factory=list)  # not yet taken
     _last: SequenceOutput | None = None  # None: nothing came since the last `take`

@@ -15,6 +15,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from service.engine.messages import EngineStats
+from service.health import CAUSES, STATES, EngineHealth
 
 Outcome = Literal["finished", "aborted", "failed"]
 # Why nobody waits for an answer any more: its client went away; its client took nothing of what
@@ -89,9 +90,12 @@ class Metrics:
         gauge = Gauge(f"vitrine_{name}", text, registry=self.registry)
         gauge.set_function(value)
 
-    def watch_engine(self, stats: Callable[[], EngineStats]) -> None:
+    def watch_engine(
+        self, stats: Callable[[], EngineStats], health: Callable[[], EngineHealth]
+    ) -> None:
         """Show the engine's own numbers, as they are when someone asks."""
         self.registry.register(_EngineCollector(stats))
+        self.registry.register(_HealthCollector(health))
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """All metrics as Prometheus text, or as OpenMetrics when `accept` (the header) asks,
@@ -134,3 +138,32 @@ class _EngineCollector(Collector):
         ]
         for name, text, value in counters:
             yield CounterMetricFamily(f"vitrine_engine_{name}", text, value)
+
+
+class _HealthCollector(Collector):
+    """Reads `EngineHealth` at every scrape."""
+
+    def __init__(self, health: Callable[[], EngineHealth]) -> None:
+        self._health = health
+
+    def collect(self) -> Iterator[Metric]:
+        health = self._health()
+        states = GaugeMetricFamily(
+            "vitrine_engine_state", "1 for the state the engine is in.", labels=["state"]
+        )
+        for state in STATES:
+            states.add_metric([state], float(state == health.state))
+        yield states
+        yield GaugeMetricFamily(
+            "vitrine_engine_heartbeat_age_seconds",
+            "Time since the engine was last heard.",
+            health.heartbeat_age_s,
+        )
+        restarts = CounterMetricFamily(
+            "vitrine_engine_restarts",
+            "Engines replaced, by why: it ended, stalled, sent nonsense, could not start.",
+            labels=["cause"],
+        )
+        for cause in CAUSES:
+            restarts.add_metric([cause], health.restarts.get(cause, 0))
+        yield restarts

@@ -111,7 +111,12 @@ class Settings(ModelSettings):
     )
     drain_s: float = Field(30.0, ge=0, description="time for running requests after SIGTERM")
     stall_s: float = Field(
-        30.0, gt=0, description="silence after which the engine is taken for dead and replaced"
+        30.0, ge=2, description="silence after which the engine is taken for dead and replaced"
+    )
+    standby: bool = Field(
+        True,
+        description="keep a second engine process that has its libraries loaded (150 MB) and "
+        "no weights: a dead engine is replaced a second or two sooner",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="of logs")
 

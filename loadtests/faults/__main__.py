@@ -10,6 +10,13 @@ import sys
 # docstring is its help.
 NAMES: dict[str, str] = {
     "kill": "loadtests.faults.kill",
+    "stall": "loadtests.faults.stall",
+    "poison": "loadtests.faults.poison",
+    "sigterm": "loadtests.faults.sigterm",
+    "soak": "loadtests.faults.soak",
+    "connections": "loadtests.faults.connections",
+    "disconnects": "loadtests.faults.disconnects",
+    "never-read": "loadtests.faults.never_read",
 }
 
 

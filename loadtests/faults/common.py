@@ -6,16 +6,18 @@ import argparse
 import asyncio
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import psutil
@@ -24,7 +26,7 @@ from rich.table import Table
 
 START_LIMIT_S = 120.0
 STOP_LIMIT_S = 60.0
-ENGINE_MODULE = "service.engine"
+ENGINE_MODULES = {"service.engine", "tests.poisoned_engine"}
 PAGE_WIDTH = 110  # of tables that go to a file
 
 Json = dict[str, object]
@@ -32,70 +34,82 @@ Json = dict[str, object]
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The server under test. Times are seconds of `time.monotonic()`."""
+    """The server under test."""
 
     url: str
-    process: subprocess.Popen[bytes] | None  # None when it was there before us
-    given_engine_pid: int | None
-    log: Path | None
+    api: psutil.Process | None  # None where only the URL is known
+    process: subprocess.Popen[bytes] | None = None  # when we started it
+    log: Path | None = None
 
     def engine(self) -> psutil.Process | None:
-        """The engine process that runs now; None while there is none."""
-        if self.given_engine_pid is not None:
-            return psutil.Process(self.given_engine_pid)
-        if self.process is None:
-            return None
+        """The engine process that runs now; the standby is younger. None while there is none."""
+        if self.api is None:
+            raise SystemExit("this script breaks the engine: give --engine-pid beside --url")
         try:
-            children = psutil.Process(self.process.pid).children(recursive=True)
-            engines = [child for child in children if ENGINE_MODULE in child.cmdline()]
+            children = self.api.children()
+            engines = [child for child in children if ENGINE_MODULES & set(child.cmdline())]
+            return min(engines, key=psutil.Process.create_time, default=None)
         except psutil.Error:  # one ended while we looked
             return None
-        return engines[-1] if engines else None
 
     def rss_bytes(self) -> dict[str, int]:
-        """Resident bytes of the API process and of the engine, of those whose pid is known."""
-        found: dict[str, int] = {}
+        """Resident bytes of the API process and of the engine, of those that are known."""
+        if self.api is None:
+            return {}
         engine = self.engine()
-        if engine is not None:
-            found["engine"] = engine.memory_info().rss
-        if self.process is not None:
-            found["api"] = psutil.Process(self.process.pid).memory_info().rss
-        return found
+        processes = {"api": self.api} | ({} if engine is None else {"engine": engine})
+        return {name: process.memory_info().rss for name, process in processes.items()}
 
 
 def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     """Which server, the seed, and where the result goes."""
     parser.add_argument("--url", help="of a running server; without it, one is started")
     parser.add_argument("--engine-pid", type=int, help="of the server at --url, to break it")
-    parser.add_argument("--seed", type=int, default=None, help="of the script; printed")
+    parser.add_argument("--seed", type=int, help="of the script; without it, drawn and printed")
     parser.add_argument("--out", type=Path, help="write the result as JSON to this file")
     parser.add_argument("--serve", default="", help="more flags for `vitrine serve`, in one string")
+    parser.add_argument("--log", type=Path, help="keep the started server's log in this file")
+
+
+def seeded(arguments: argparse.Namespace) -> random.Random:
+    """The script's random numbers; prints the seed that gives them again."""
+    if arguments.seed is None:
+        arguments.seed = random.SystemRandom().randrange(10**6)
+    print(f"seed {arguments.seed}")
+    return random.Random(arguments.seed)
 
 
 @contextmanager
-def target(arguments: argparse.Namespace, *flags: str) -> Iterator[Target]:
+def target(
+    arguments: argparse.Namespace,
+    *flags: str,
+    module: str = "service",
+    environment: dict[str, str] | None = None,
+) -> Iterator[Target]:
     """The server at --url, or a new one with these flags that is ended afterwards."""
     if arguments.url is not None:
-        yield Target(arguments.url.rstrip("/"), None, arguments.engine_pid, None)
+        pid = arguments.engine_pid
+        api = None if pid is None else psutil.Process(pid).parent()
+        yield Target(arguments.url.rstrip("/"), api)
         return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "service", "serve", "--port", str(port)]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("VITRINE_")}
+    command = [sys.executable, "-m", module, "serve", "--port", str(port)]
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("VITRINE_")}
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        log = Path(folder) / "server.log"
+        log = arguments.log or Path(folder) / "server.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [*command, *flags, *arguments.serve.split()],
                 stdout=output,
                 stderr=output,
-                env=environment,
+                env=inherited | (environment or {}),
             )
         try:
             _wait_ready(process, url, log)
-            yield Target(url, process, None, log)
+            yield Target(url, psutil.Process(process.pid), process, log)
         finally:
             process.terminate()
             try:
@@ -182,6 +196,18 @@ def _book(stream: Stream, event: bytes, now: float) -> None:
         stream.stamps.append(now)
 
 
+@asynccontextmanager
+async def running(work: Coroutine[Any, Any, None]) -> AsyncIterator[asyncio.Task[None]]:
+    """Do `work` meanwhile; it is cancelled at the end, and its failure is raised there."""
+    task = asyncio.create_task(work)
+    try:
+        yield task
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
 @dataclass(slots=True)
 class Books:
     """Scrapes /metrics without pause and checks law 1 in every scrape:
@@ -209,7 +235,8 @@ class Books:
 
 
 def parse_counts(exposition: str) -> dict[str, float]:
-    """accepted, finished, aborted, failed, in_flight and restarts, summed over labels."""
+    """accepted, finished, aborted, failed, in_flight and restarts, summed over labels; and
+    whether the engine is busy."""
     names = {
         "vitrine_requests_accepted_total": "accepted",
         "vitrine_requests_finished_total": "finished",
@@ -217,11 +244,12 @@ def parse_counts(exposition: str) -> dict[str, float]:
         "vitrine_requests_failed_total": "failed",
         "vitrine_requests_in_flight": "in_flight",
         "vitrine_engine_restarts_total": "restarts",
+        'vitrine_engine_state{state="busy"}': "busy",
     }
     counts = dict.fromkeys(names.values(), 0.0)
     for line in exposition.splitlines():
         sample, _, value = line.rpartition(" ")
-        name = names.get(sample.partition("{")[0])
+        name = names.get(sample) or names.get(sample.partition("{")[0])
         if name is not None:
             counts[name] += float(value)
     return counts
@@ -232,6 +260,8 @@ class Report:
     """Figures, and promises kept or broken."""
 
     name: str
+    seed: int | None = None
+    notes: list[str] = field(default_factory=list)  # examples of what went wrong
     figures: dict[str, object] = field(default_factory=dict)
     promises: dict[str, bool] = field(default_factory=dict)
 
@@ -248,8 +278,10 @@ class Report:
         for promise, kept in self.promises.items():
             table.add_row(promise, "[green]kept[/]" if kept else "[bold red]broken[/]")
         console.print(table)
+        for note in self.notes:
+            console.print(note, markup=False, highlight=False)
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
-            whole = {"name": self.name, "figures": self.figures, "promises": self.promises}
+            whole = {name: getattr(self, name) for name in self.__slots__}
             out.write_text(json.dumps(whole, indent=2) + "\n")
         return 0 if all(self.promises.values()) else 1

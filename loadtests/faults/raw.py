@@ -40,7 +40,7 @@ class RawClient:
         """Connect and POST /generate; `receive_bytes` is the size of our receive buffer."""
         parts = urlsplit(url)
         sock = socket.socket()
-        sock.setblocking(False)  # noqa: FBT003
+        sock.setblocking(False)
         if receive_bytes is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
         await asyncio.get_running_loop().sock_connect(sock, (parts.hostname, parts.port))
@@ -49,7 +49,8 @@ class RawClient:
         client.answer.sent_s = time.monotonic()
         client.writer.write(
             f"POST /generate HTTP/1.1\r\nHost: {parts.netloc}\r\nConnection: close\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
+            f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+            + data
         )
         return client
 
@@ -105,12 +106,6 @@ def allow_files(count: int) -> None:
         if hard != resource.RLIM_INFINITY and hard < wanted:
             raise SystemExit(f"{count} connections need {wanted} open files; the limit is {hard}")
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def percentile(values: list[float], percent: float) -> float:
-    """The value at that rank; 0 without values."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))] if ordered else 0.0
 
 
 def gaps(answers: list[Answer], after_s: float = 0.0) -> list[float]:

@@ -35,7 +35,7 @@ def create_app(
     `tokenizer` returns None while it is being loaded. `app.state.context` is the `ApiContext`.
     """
     metrics = Metrics()
-    metrics.watch_engine(lambda: engine.stats)
+    metrics.watch_engine(lambda: engine.stats, lambda: engine.health)
     resumable = ResumableStreams(settings.max_detachable, settings.max_detach_bytes)
     metrics.watch("detachable_requests", "Requests kept for their detach_s.", resumable.__len__)
     metrics.watch("detachable_bytes", "Bytes of their events.", lambda: resumable.num_bytes)

@@ -28,9 +28,9 @@ from service.settings import Settings, SettingsError
 
 log = logging.getLogger("vitrine")
 
-# After the running requests are done or cancelled: time for their last bytes to leave, if the
-# client takes any of them within a shorter time.
-LAST_BYTES_S = 5
+# After the running requests are done or cancelled: time for their last bytes to leave. A client
+# that takes none of them is hung up on sooner.
+LAST_BYTES_S = 5.0
 LAST_SLOW_READER_S = 1.0
 BACKLOG = 4096  # connections that wait to be accepted; the kernel may have a lower limit
 BUNDLED_MODEL_NAME = "stories"
@@ -39,15 +39,21 @@ BUNDLED_MODEL_NAME = "stories"
 class DrainingServer(uvicorn.Server):
     """On the first SIGTERM or Ctrl-C only `stop_asked` is set: the sockets stay open while
     running requests finish, so that /health/ready and new requests are told 503 rather than
-    refused a connection. A second signal ends the server at once."""
+    refused a connection. A second signal cuts the time they have short: what still runs ends
+    as cancelled, and then the server."""
 
     def __init__(
-        self, config: uvicorn.Config, slow_reader_s: float, on_slow_reader: Callable[[], None]
+        self,
+        config: uvicorn.Config,
+        client: EngineClient,
+        slow_reader_s: float,
+        on_slow_reader: Callable[[], None],
     ) -> None:
         super().__init__(config)
         self.slow_reader_s = slow_reader_s
         self.slow_readers = SlowReaders(on_slow_reader)
         self.stop_asked = asyncio.Event()
+        self._client = client
         self._loop = asyncio.get_running_loop()
 
     @property
@@ -60,10 +66,29 @@ class DrainingServer(uvicorn.Server):
         bound_send_buffers(one for server in self.servers for one in server.sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # Signal handlers run between any two instructions; the events belong to the loop.
+        self._loop.call_soon_threadsafe(self._asked_to_stop)
+
+    def _asked_to_stop(self) -> None:
         if self.stop_asked.is_set():
-            self.force_exit = self.should_exit = True
-        # Signal handlers run between any two instructions; the event belongs to the loop.
-        self._loop.call_soon_threadsafe(self.stop_asked.set)
+            self._client.end_grace()
+        self.stop_asked.set()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # uvicorn would cancel the tasks of clients that do not read, each with a traceback in
+        # the log. To the app a connection that is cut is a client that went away: at once if it
+        # takes nothing, and at last if it takes too little.
+        self.slow_reader_s = min(self.slow_reader_s, LAST_SLOW_READER_S)
+        hang_up = self._loop.call_later(LAST_BYTES_S, self._hang_up)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            hang_up.cancel()
+
+    def _hang_up(self) -> None:
+        for connection in self.connections:
+            log.info("hanging up on a client that does not read")
+            cut(connection)
 
 
 def make_server(settings: Settings, client: EngineClient, model: LoadedModel) -> DrainingServer:
@@ -86,11 +111,12 @@ def make_server(settings: Settings, client: EngineClient, model: LoadedModel) ->
         access_log=False,
         server_header=False,
         backlog=BACKLOG,
-        timeout_graceful_shutdown=2 * LAST_BYTES_S,  # a last resort: see `end_in_order`
+        timeout_graceful_shutdown=int(2 * LAST_BYTES_S),
+        lifespan="off",  # what starts and ends with the server does so in serve.py
         timeout_keep_alive=75,
     )
     metrics: Metrics = app.state.context.metrics
-    server = DrainingServer(config, settings.slow_reader_s, metrics.slow_reader)
+    server = DrainingServer(config, client, settings.slow_reader_s, metrics.slow_reader)
     loop = asyncio.get_running_loop()
     metrics.watch("journal_entries", "Sequences in the journal.", lambda: client.in_flight)
     metrics.watch("http_connections", "Open connections.", lambda: len(server.connections))
@@ -143,8 +169,4 @@ async def end_in_order(server: DrainingServer, client: EngineClient, drain_s: fl
     if server.stop_asked.is_set():
         log.info("stopping; %d requests have %g s to finish", client.in_flight, drain_s)
         await client.drain(drain_s)
-    server.slow_reader_s = min(server.slow_reader_s, LAST_SLOW_READER_S)
     server.should_exit = True
-    await asyncio.sleep(LAST_BYTES_S)
-    for connection in server.connections:
-        cut(connection)

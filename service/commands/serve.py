@@ -26,6 +26,7 @@ def run(arguments: list[str]) -> int:
     client = EngineClient(
         max_in_flight=settings.max_num_seqs + settings.max_queue_requests,
         stall_s=settings.stall_s,
+        standby=settings.standby,
     )
     early = EarlySignals()
     # First of all: torch takes seconds to import, and does so while this process goes on.

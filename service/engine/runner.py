@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from model.backends.base import AttentionBackend
+from model.attention import SelfAttention
+from model.backends.base import AttentionBackend, AttentionStep
 from model.batch import ForwardBatch
 from model.cpu import RowPadding
+from model.positions import RotaryPositions
 from model.sampling import SampledTokens, SamplingBatch, SamplingRow, sample
 from model.transformer import Transformer
 from service.engine.profile import StepProfile
@@ -31,6 +34,8 @@ class Runner:
     # Rows of a step, and rows whose logits are wanted, are padded so that a row's result does
     # not depend on how many others there are (README, "The same tokens in any company").
     padding: RowPadding
+    # Called after each layer's attention with the step's number of tokens: a sign of life.
+    heartbeat: Callable[[int], None] | None = None
 
     @torch.inference_mode()
     def run(self, step: list[Scheduled], profile: StepProfile) -> SampledTokens:
@@ -39,6 +44,8 @@ class Runner:
         began = time.monotonic()
         batch = build_batch(step, self.block_size, self.padding, self.device)
         attend = self.backend.begin(batch)
+        if self.heartbeat is not None:
+            attend = _beating(attend, self.heartbeat)
         rows = [_sampling_row(item.sequence) for item in step if item.samples]
         sampling = SamplingBatch.build(
             rows, self.model.config.vocab_size, self.device, self.eos_token_ids
@@ -55,6 +62,19 @@ class Runner:
         sampled = sample(logits, sampling)
         profile.sample_s += time.monotonic() - forwarded
         return sampled
+
+
+def _beating(attend: AttentionStep, heartbeat: Callable[[int], None]) -> AttentionStep:
+    """The same attention, and a sign of life after each layer's."""
+
+    def attend_and_tell(
+        attention: SelfAttention, qkv: torch.Tensor, rotary: RotaryPositions | None
+    ) -> torch.Tensor:
+        gathered = attend(attention, qkv, rotary)
+        heartbeat(qkv.shape[0])
+        return gathered
+
+    return attend_and_tell
 
 
 def _sampling_row(sequence: Sequence) -> SamplingRow:

@@ -18,6 +18,7 @@ from model.kv_cache import KVCache, bytes_per_block
 from model.transformer import Transformer
 from service.engine.blocks import BlockPool
 from service.engine.core import EngineCore
+from service.engine.heartbeat import Heartbeat
 from service.engine.messages import EngineConfig, ModelInfo
 from service.engine.runner import Runner
 from service.engine.scheduler import Limits, Scheduler
@@ -75,8 +76,11 @@ def prepare(config: EngineConfig, trained_len: int) -> tuple[torch.device, int]:
     return device, max_model_len
 
 
-def start_engine(config: EngineConfig, *, progress: bool = False) -> tuple[EngineCore, ModelInfo]:
-    """Load the checkpoint and allocate the KV cache.
+def start_engine(
+    config: EngineConfig, *, progress: bool = False, heartbeat: Heartbeat | None = None
+) -> tuple[EngineCore, ModelInfo]:
+    """Load the checkpoint and allocate the KV cache. `heartbeat` is called between tensors,
+    and later between the layers of a step.
 
     Raises `StartError` or `model.checkpoint.CheckpointError` with words for the operator.
     """
@@ -89,12 +93,20 @@ def start_engine(config: EngineConfig, *, progress: bool = False) -> tuple[Engin
         dtype=choose_dtype(config.dtype, device),
         max_positions=max_model_len,
         progress=progress,
+        after_tensor=heartbeat,
     )
-    return assemble(checkpoint.model, checkpoint.eos_token_ids, config, began=began)
+    return assemble(
+        checkpoint.model, checkpoint.eos_token_ids, config, began=began, heartbeat=heartbeat
+    )
 
 
 def assemble(
-    model: Transformer, eos_token_ids: tuple[int, ...], config: EngineConfig, *, began: float
+    model: Transformer,
+    eos_token_ids: tuple[int, ...],
+    config: EngineConfig,
+    *,
+    began: float,
+    heartbeat: Heartbeat | None = None,
 ) -> tuple[EngineCore, ModelInfo]:
     """The engine around a model that is on its device: kernels, padding, KV cache, books.
 
@@ -108,7 +120,10 @@ def assemble(
         for miss in cpu.optimise(model):
             log.warning("%s", miss)
         if config.deterministic:
-            padding = cpu.choose_padding(model)
+            if config.row_padding is not None:
+                padding = RowPadding(*config.row_padding)
+            else:
+                padding = cpu.choose_padding(model)
             if padding is None:
                 log.warning(
                     "this processor gives a row other bits beside other rows whatever the "
@@ -136,6 +151,7 @@ def assemble(
             eos_token_ids,
             device,
             padding=padding or RowPadding(),
+            heartbeat=heartbeat,
         ),
     )
     info = ModelInfo(
@@ -160,6 +176,7 @@ def assemble(
         threads=torch.get_num_threads(),
         deterministic=padding is not None,
         attention_backend=selection.name,
+        row_padding=None if padding is None else (padding.minimum, padding.multiple),
     )
     return core, info
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from service.client import EngineState
 from service.engine.messages import EngineStats, ModelInfo, SequenceOutput, TokenLogprob
+from service.health import EngineHealth
 from service.journal import SequenceRequest
 
 CONTEXT_LENGTH = 256
@@ -149,6 +150,10 @@ class FakeEngine:
         self.refuse: Exception | None = None
         self.streams: list[FakeStream] = []
         self.requests: list[SequenceRequest] = []
+
+    @property
+    def health(self) -> EngineHealth:
+        return EngineHealth(self.state)
 
     def submit(self, requests: list[SequenceRequest], timeout_s: float) -> list[FakeStream]:
         if self.refuse is not None:

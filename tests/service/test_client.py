@@ -27,6 +27,7 @@ from service.engine.messages import (
     encoder,
     to_engine_decoder,
 )
+from service.in_flight import NOT_KNOWN
 from service.journal import JournalEntry, SequenceRequest
 
 INFO = ModelInfo(
@@ -60,7 +61,8 @@ class PlayedEngine:
     def __init__(self, max_in_flight: int = 8) -> None:
         self.client = EngineClient(max_in_flight=max_in_flight, stall_s=30.0)
         self.inbox: list[Submit | Abort] = []
-        self.client._socket = self  # type: ignore[assignment]
+        self.supervisor = self.client._supervisor
+        self.supervisor._socket = self  # type: ignore[assignment]
 
     def send(self, data: bytes) -> None:
         message = to_engine_decoder.decode(data)
@@ -74,16 +76,15 @@ class PlayedEngine:
         return ids
 
     def starts(self) -> None:
-        self.client._handle(encoder.encode(Ready(INFO)))
+        self.supervisor._handle(encoder.encode(Ready(INFO)))
 
     def dies(self) -> None:
-        self.client._ready = False
-        self.client.restarts += 1
-        self.client._count_deaths()
+        self.supervisor.phase = "restarting"
+        self.client.engine_lost(NOT_KNOWN)
         self.inbox.clear()
 
     def says(self, *outputs: SequenceOutput) -> None:
-        self.client._handle(encoder.encode(StepOutput(list(outputs), EngineStats())))
+        self.supervisor._handle(encoder.encode(StepOutput(list(outputs), EngineStats())))
 
     def submit(self, count: int = 1, timeout_s: float = 60.0) -> list[JournalEntry]:
         request = SequenceRequest([1, 2, 3], SamplingParams(max_tokens=9, seed=5))
@@ -183,8 +184,8 @@ async def test_cancelling_tells_the_engine_once(engine: PlayedEngine) -> None:
 async def test_a_replacement_that_takes_longer_than_the_request_may_is_a_503(
     engine: PlayedEngine,
 ) -> None:
-    engine.client._start_s = 20.0
-    engine.client._began_at = asyncio.get_running_loop().time()
+    engine.supervisor._start_s = 20.0
+    engine.supervisor._began_at = asyncio.get_running_loop().time()
     engine.dies()
     with pytest.raises(EngineUnavailableError, match="being replaced") as refused:
         engine.submit(timeout_s=5.0)
