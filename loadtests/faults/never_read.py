@@ -72,9 +72,10 @@ async def _run(arguments: argparse.Namespace, server: Target, rng: random.Random
             reading = asyncio.gather(*(_read_all(server.url, body) for body in crowd))
             p99["beside those that read"] = await readers.p99_during(reading)
             began = time.monotonic()
-            hanging = [await RawClient.post(server.url, body, RECEIVE_BYTES) for body in crowd]
-            for one in hanging:
-                one.writer.transport.pause_reading()  # type: ignore[attr-defined]
+            hanging = [
+                await RawClient.post(server.url, body, receive_bytes=RECEIVE_BYTES, reads=False)
+                for body in crowd
+            ]
             p99["beside those that never read"] = await readers.p99_during(
                 _until_computed(client, server.url)
             )

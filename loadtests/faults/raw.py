@@ -35,20 +35,24 @@ class RawClient:
 
     @classmethod
     async def post(
-        cls, url: str, body: Json, receive_bytes: int | None = None, limit: int = 2**16
+        cls, url: str, body: Json, *, receive_bytes: int | None = None, reads: bool = True
     ) -> RawClient:
-        """Connect and POST /generate; `receive_bytes` is the size of our receive buffer."""
+        """Connect and POST /generate. `receive_bytes` is the size of our receive buffer; one that
+        does not `reads` takes nothing of the answer, and keeps the connection open."""
         parts = urlsplit(url)
         sock = socket.socket()
         sock.setblocking(False)
         if receive_bytes is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
         await asyncio.get_running_loop().sock_connect(sock, (parts.hostname, parts.port))
-        client = cls(*await asyncio.open_connection(sock=sock, limit=limit))
+        client = cls(*await asyncio.open_connection(sock=sock))
+        if not reads:
+            client.writer.transport.pause_reading()  # type: ignore[attr-defined]
         data = json.dumps(body).encode()
+        ending = "close" if reads else "keep-alive"
         client.answer.sent_s = time.monotonic()
         client.writer.write(
-            f"POST /generate HTTP/1.1\r\nHost: {parts.netloc}\r\nConnection: close\r\n"
+            f"POST /generate HTTP/1.1\r\nHost: {parts.netloc}\r\nConnection: {ending}\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n".encode()
             + data
         )
