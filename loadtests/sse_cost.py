@@ -86,6 +86,7 @@ class PlayedEngine:
         """One message of the engine, encoded and decoded as between the processes."""
         reason = "length" if is_last else None
         outputs = [SequenceOutput(i, [token_id], finish_reason=reason) for i in self.entries]
+        self.stats = EngineStats(num_running=len(outputs))
         message = from_engine_decoder.decode(encoder.encode(StepOutput(outputs, self.stats)))
         assert isinstance(message, StepOutput)
         for output in message.outputs:
@@ -93,11 +94,11 @@ class PlayedEngine:
                 entry.receive(output)
 
 
-async def measure(num_streams: int, num_tokens: int) -> dict[str, float]:
+async def measure(num_streams: int, num_tokens: int, max_events_s: float) -> dict[str, float]:
     """Serve `num_streams` streams of `num_tokens` tokens and say what they cost."""
     engine = PlayedEngine()
     tokenizer = Tokenizer.from_directory(resolve_model(None, None))
-    app = create_app(ApiLimits(), engine, lambda: tokenizer, "none")
+    app = create_app(ApiLimits(max_events_s=max_events_s), engine, lambda: tokenizer, "none")
     config = uvicorn.Config(app, port=0, log_config=None, access_log=False, lifespan="off")
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve())
@@ -164,6 +165,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=300, help="per stream")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--max-events-s", type=float, default=ApiLimits().max_events_s)
     parser.add_argument("--loop", choices=["asyncio", "uvloop"], default="uvloop")
     parser.add_argument("--read", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -171,7 +173,7 @@ def main() -> None:
         print(json.dumps(run(lambda: read(given.read, given.streams), given.loop)))
         return
     for _ in range(given.rounds):
-        found = run(lambda: measure(given.streams, given.tokens), given.loop)
+        found = run(lambda: measure(given.streams, given.tokens, given.max_events_s), given.loop)
         print("  ".join(f"{name} {value:.4g}" for name, value in found.items()), flush=True)
 
 

@@ -100,6 +100,9 @@ class Settings(ModelSettings):
         600.0, gt=0, description="longest time a request may take, and the default of timeout_s"
     )
     keep_alive_s: float = Field(15.0, gt=0, description="silence before a keep-alive comment")
+    max_events_s: float = Field(
+        2000.0, gt=0, description="events a second, of all streams; beyond, tokens share events"
+    )
     slow_reader_s: float = Field(
         60.0, gt=0, description="a client that takes nothing of what waits for so long is cut off"
     )

@@ -45,7 +45,7 @@ def create_app(
         tokenizer=tokenizer,
         model_name=model_name,
         metrics=metrics,
-        generations=ActiveGenerations(engine, metrics),
+        generations=ActiveGenerations(engine, metrics, settings.max_events_s),
         resumable=resumable,
     )
     app = FastAPI(

@@ -55,7 +55,8 @@ class EventStreamResponse(Response):
         self._next_chunk = next_chunk
         self._on_close = on_close
         self._keep_alive_s = keep_alive_s
-        self._last_sent_s = 0.0  # the event loop's clock
+        self._clock = asyncio.get_running_loop().time
+        self._last_sent_s = self._clock()
         self._sending = asyncio.Lock()
         self._complete = False
         self.status_code = 200
@@ -90,10 +91,8 @@ class EventStreamResponse(Response):
 
     async def _keep_alive(self, send: Send) -> None:
         """Say something whenever nothing was said for a while, so that proxies do not hang up."""
-        clock = asyncio.get_running_loop().time
-        self._last_sent_s = clock()
         while not self._complete:
-            wait_s = self._last_sent_s + self._keep_alive_s - clock()
+            wait_s = self._last_sent_s + self._keep_alive_s - self._clock()
             if wait_s > 0:
                 await asyncio.sleep(wait_s)
             elif self._sending.locked():  # a client that does not read needs no sign of life
@@ -106,4 +105,4 @@ class EventStreamResponse(Response):
     async def _send(self, send: Send, message: dict[str, object]) -> None:
         async with self._sending:
             await send(message)
-            self._last_sent_s = asyncio.get_running_loop().time()
+            self._last_sent_s = self._clock()

@@ -97,6 +97,7 @@ def make_server(settings: Settings, client: EngineClient, model: LoadedModel) ->
         max_body_bytes=settings.max_body_bytes,
         request_timeout_s=settings.request_timeout_s,
         keep_alive_s=settings.keep_alive_s,
+        max_events_s=settings.max_events_s,
         max_detachable=settings.max_detachable,
         max_detach_bytes=settings.max_detach_bytes,
         api_keys=read_api_keys(settings.api_key_file, settings.api_keys),
