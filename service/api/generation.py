@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 _BY_WEIGHT = ("timeout", "cancelled", "length", "stop")
 _MAX_CANCELLED = 1024
 _SHORTEST_PAUSE_S = 0.002  # a shorter one costs more than it saves
+_LONGEST_PAUSE_S = 0.05  # more than that a reader would see
 
 RequestKey = tuple[str | None, str]  # owner, request id: nobody meets another's requests
 
@@ -201,7 +202,7 @@ class ActiveGenerations:
     def pause_s(self) -> float:
         """How long each stream waits between its events now."""
         pause_s = self._engine.stats.num_running / self._max_events_s
-        return pause_s if pause_s > _SHORTEST_PAUSE_S else 0.0
+        return min(pause_s, _LONGEST_PAUSE_S) if pause_s > _SHORTEST_PAUSE_S else 0.0
 
     def admit(self, plan: Plan, tokenizer: Tokenizer) -> Generation:
         """Submit all continuations, or raise what `Engine.submit` raises."""
