@@ -89,7 +89,7 @@ class Generation:
 
     async def next(self) -> list[Item]:
         """What is new, at least one item; an empty list when everything was said."""
-        if (pause_s := self._next_s - self._clock()) > 0:
+        if not self._settled and (pause_s := self._next_s - self._clock()) > 0:
             await asyncio.sleep(pause_s)
         while True:
             self._news.clear()
