@@ -61,12 +61,13 @@ def load_checkpoint(
     dtype: torch.dtype | None = None,
     max_positions: int | None = None,
     progress: bool = False,
+    after_tensor: Callable[[], None] | None = None,
 ) -> Checkpoint:
     """The model in `directory`.
 
     All parameters get one `dtype`; None is the one the token embedding is stored in.
     `max_positions` bounds the position tables (default: the config's). `progress` draws a
-    bar on stderr.
+    bar on stderr. `after_tensor` is called after each parameter.
 
     Raises `CheckpointError`, whose message is one line naming the file, tensor or field and
     the values at odds, when a file is missing, truncated or malformed; when the config asks
@@ -87,6 +88,8 @@ def load_checkpoint(
                 filled = _fill(name, model.get_parameter(name), source, tensors, device, dtype)
                 _put(model, name, nn.Parameter(filled, requires_grad=False))
                 advance(_stored_bytes(source, tensors))
+                if after_tensor is not None:
+                    after_tensor()
         if info.config.tie_embeddings:
             model.lm_head.weight = model.embedding.weight
             _check_tied(sources[EMBEDDING].names[0], tensors)

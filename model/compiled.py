@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from model.batch import ForwardBatch
 from model.config import ModelConfig
+from model.forward import Heartbeat
 from model.kernels import native, structs
 from model.kernels.native import LANES
 from model.kernels.packing import PackedLinear, WeightKind, pack
@@ -111,7 +112,9 @@ class CompiledForward:
         """Bytes of everything packed, without the embedding."""
         return sum(kept.nbytes for kept in self._kept)
 
-    def __call__(self, batch: ForwardBatch) -> Float[Tensor, "num_logits vocab_size"]:
+    def __call__(
+        self, batch: ForwardBatch, heartbeat: Heartbeat | None = None
+    ) -> Float[Tensor, "num_logits vocab_size"]:
         model, config = self._model, self._model.config
         rows, num_logits = batch.num_tokens, int(batch.logits_rows.shape[0])
         threads = torch.get_num_threads()
@@ -140,6 +143,7 @@ class CompiledForward:
             qkv=scratch("qkv", config.query_size + 2 * config.kv_size),
             mixed=scratch("mixed", config.query_size),
             gated=scratch("gated", config.intermediate_size),
+            heartbeat=structs.Heartbeat(heartbeat or 0),
         )
         if self._kind == "int8":
             widest = max(config.hidden_size, config.intermediate_size, config.query_size)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,17 +14,26 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from model.backends.base import AttentionBackend
+from model.attention import SelfAttention
+from model.backends.base import AttentionBackend, AttentionStep
 from model.batch import ForwardBatch
+from model.positions import RotaryPositions
 from model.transformer import Transformer
+
+Heartbeat = Callable[[], None]
 
 
 class Forward(Protocol):
     """Runs a batch through the model."""
 
-    def __call__(self, batch: ForwardBatch) -> Float[Tensor, "num_logits vocab_size"]:
+    def __call__(
+        self, batch: ForwardBatch, heartbeat: Heartbeat | None = None
+    ) -> Float[Tensor, "num_logits vocab_size"]:
         """float32 scores of every next token for the batch's `logits_rows`; the cache has the
-        batch's keys and values afterwards. The tensor is good until the next call."""
+        batch's keys and values afterwards. The tensor is good until the next call.
+
+        `heartbeat` is called between layers, from this thread: a long step shows that it gets
+        on, a hanging one that it does not."""
         ...
 
 
@@ -34,9 +44,26 @@ class EagerForward:
     model: Transformer
     backend: AttentionBackend
 
-    def __call__(self, batch: ForwardBatch) -> Float[Tensor, "num_logits vocab_size"]:
+    def __call__(
+        self, batch: ForwardBatch, heartbeat: Heartbeat | None = None
+    ) -> Float[Tensor, "num_logits vocab_size"]:
         attend = self.backend.begin(batch)
+        if heartbeat is not None:
+            attend = _beating(attend, heartbeat)
         hidden = self.model(batch.input_ids, batch.positions, attend)
         if not batch.logits_rows.shape[0]:  # the first part of a prompt
             return hidden.new_empty(0, self.model.config.vocab_size, dtype=torch.float32)
         return self.model.logits(hidden[batch.logits_rows])
+
+
+def _beating(attend: AttentionStep, heartbeat: Heartbeat) -> AttentionStep:
+    """The same attention, and a sign of life after each layer's."""
+
+    def attend_and_tell(
+        attention: SelfAttention, qkv: Tensor, rotary: RotaryPositions | None
+    ) -> Tensor:
+        gathered = attend(attention, qkv, rotary)
+        heartbeat()
+        return gathered
+
+    return attend_and_tell

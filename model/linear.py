@@ -35,7 +35,8 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
         self.packed: Tensor | None = None
         self.rebuild: Callable[[], Tensor] | None = None
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as torch.nn.Linear does
+        if not self.weight.is_meta:
+            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as torch.nn.Linear does
 
     def forward(
         self, x: Float[Tensor, "rows in_features"], residual: Tensor | None = None

@@ -33,10 +33,16 @@ class Selection:
 
 
 def select_forward(
-    model: Transformer, cache: KVCache, *, deterministic: bool, int8: bool = False
+    model: Transformer,
+    cache: KVCache,
+    *,
+    deterministic: bool,
+    int8: bool = False,
+    padding: RowPadding | None = None,
 ) -> Selection:
     """The forward for the device that the cache lies on. Takes the model's weights over:
-    what else runs the model afterwards runs on the weights that serve.
+    what else runs the model afterwards runs on the weights that serve. `padding`: found before on
+    this machine for this model, and not looked for again.
 
     Raises `Int8UnavailableError`.
     """
@@ -48,9 +54,7 @@ def select_forward(
         if int8:
             raise Int8UnavailableError(reason)
         backend = ReferenceBackend(model.config, cache)
-        return Selection(
-            EagerForward(model, backend), "reference", weight_bytes, None, (reason,)
-        )
+        return Selection(EagerForward(model, backend), "reference", weight_bytes, None, (reason,))
     reason = compiled.unsupported(model.config, cache) or ""
     if not reason:
         try:
@@ -62,7 +66,10 @@ def select_forward(
     if int8:
         raise Int8UnavailableError(reason)
     misses = [f"no compiled forward: {reason}", *filter(None, [cpu.pack_weights(model)])]
-    padding = cpu.choose_padding(model) if deterministic else RowPadding()
+    if not deterministic:
+        padding = RowPadding()
+    elif padding is None:
+        padding = cpu.choose_padding(model)
     if padding is None:
         misses.append(
             "this processor gives a row other bits beside other rows whatever the padding: "

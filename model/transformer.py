@@ -54,9 +54,9 @@ class Transformer(nn.Module):
                 f"learned positions end at {config.max_positions}; "
                 f"max_positions {self.max_positions} was asked for"
             )
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embedding = _embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = (
-            nn.Embedding(config.max_positions, config.hidden_size)
+            _embedding(config.max_positions, config.hidden_size)
             if config.position == "learned"
             else None
         )
@@ -113,3 +113,13 @@ class Transformer(nn.Module):
         """Scores of every next token, float32."""
         scores: Tensor = self.lm_head(hidden)
         return scores.float()
+
+
+def _embedding(rows: int, width: int) -> nn.Embedding:
+    """torch's table. Made here, because torch's own draws numbers on the meta device too, and
+    imports its compiler for it: a second of every start."""
+    weight = torch.empty(rows, width)
+    if not weight.is_meta:
+        nn.init.normal_(weight)
+    table: nn.Embedding = nn.Embedding.from_pretrained(weight, freeze=False)
+    return table

@@ -18,6 +18,7 @@ COMMANDS = {
     "serve": "serve a model over HTTP: POST /generate, server-sent events",
     "generate": "continue a text in the terminal, without a server",
     "bench": "measure the engine's speed, memory and distance from what the machine can do",
+    "keys": "draw API keys, each with the line to store",
     "inspect": "print a model's architecture, parameters and bytes, without loading weights",
 }
 

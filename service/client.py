@@ -1,53 +1,31 @@
-"""The API's side of the engine: the journal of requests in flight, and supervision.
+"""The API's side of the engine: what the routes see of it, and who may send it a request.
 
-When the engine process dies, another takes its place and the unfinished sequences go on from
-where the journal says they were: noise is a function of (seed, position, token), so the
-tokens are the ones the first engine would have drawn.
-
-A sequence that two engines in a row died with, without a token from it between, is a suspect:
-suspects are given to the next engine one after another, each alone until it shows a token.
-The one that a third engine dies with ends with an error, and the others go on.
+When the engine process dies, another takes its place (`supervisor.py`) and the unfinished
+sequences go on from where the journal says they were (`in_flight.py`): noise is a function of
+(seed, position, token), so the tokens are the ones the first engine would have drawn.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import itertools
-import logging
 import time
 from collections import deque
-from typing import Literal, Protocol
+from typing import Protocol
 
-import msgspec
-import zmq.asyncio
+from service.engine.messages import EngineConfig, EngineStats, ModelInfo, StepOutput
+from service.health import EngineHealth, EngineState
+from service.in_flight import InFlight, Loss
+from service.journal import SequenceRequest, TokenStream
+from service.supervisor import Supervisor
 
-from service.engine.messages import (
-    Abort,
-    EngineConfig,
-    EngineStats,
-    ModelInfo,
-    Ready,
-    SequenceOutput,
-    Shutdown,
-    StartFailed,
-    StepOutput,
-    ToEngine,
-    encoder,
-    from_engine_decoder,
-)
-from service.engine_process import EngineProcess
-from service.journal import JournalEntry, SequenceRequest, TokenStream
-
-log = logging.getLogger("vitrine.engine")
-
-EngineState = Literal["starting", "idle", "busy", "stalled", "restarting", "draining", "failed"]
-
-SUSPECT_DEATHS = 2
-MAX_DEATHS = 3
-# Lives shorter than this, one after another, are a crash loop: wait longer each time.
-SHORT_LIFE_S = 10.0
-MAX_BACKOFF_S = 30.0
+__all__ = [
+    "Engine",
+    "EngineClient",
+    "EngineState",
+    "EngineUnavailableError",
+    "NeverFitsError",
+    "QueueFullError",
+]
 
 
 class QueueFullError(Exception):
@@ -93,6 +71,11 @@ class Engine(Protocol):
         """Why the engine cannot take a request now, in words; empty when it can."""
         ...
 
+    @property
+    def health(self) -> EngineHealth:
+        """State, heartbeat and replacements, for metrics."""
+        ...
+
     def submit(self, requests: list[SequenceRequest], timeout_s: float) -> list[TokenStream]:
         """Admit all of them or none; `timeout_s` is how long they may take.
 
@@ -102,33 +85,21 @@ class Engine(Protocol):
 
 
 class EngineClient:
-    """Owns the engine process: starts it, replaces it when it dies or stalls, ends it."""
+    """Owns the engine process and everything in flight; implements `Engine`."""
 
-    def __init__(self, *, max_in_flight: int, stall_s: float) -> None:
+    def __init__(self, *, max_in_flight: int, stall_s: float, standby: bool = False) -> None:
         self.max_in_flight = max_in_flight
-        self.stall_s = stall_s
-        self.restarts = 0
-        self._ids = itertools.count(1)
-        self._journal: dict[int, JournalEntry] = {}
-        self._engine: EngineProcess | None = None
-        self._socket: zmq.asyncio.Socket | None = None
-        self._info: ModelInfo | None = None
-        self._stats = EngineStats()
-        self._ready = False
-        self._draining = False
-        self._nothing_in_flight = asyncio.Event()
-        self._nothing_in_flight.set()
-        self._failure = ""
-        self._heard_at = time.monotonic()
-        self._began_at = time.monotonic()  # this engine, or the wait for it
-        self._start_s = 0.0  # what the last engine took from there to its first word
-        self._supervisor: asyncio.Task[None] | None = None
-        self._finishes: deque[float] = deque(maxlen=32)  # when the latest sequences ended
         self.failed = asyncio.Event()  # set when the engine cannot start at all
+        self._supervisor = Supervisor(self, stall_s=stall_s, standby=standby)
+        self._in_flight = InFlight(self._supervisor.send)
+        self._stats = EngineStats()
+        self._draining = False
+        self._no_grace = asyncio.Event()
+        self._finishes: deque[float] = deque(maxlen=32)  # when the latest sequences ended
 
     @property
     def info(self) -> ModelInfo | None:
-        return self._info
+        return self._supervisor.info
 
     @property
     def stats(self) -> EngineStats:
@@ -137,99 +108,117 @@ class EngineClient:
     @property
     def failure(self) -> str:
         """Why the engine cannot start at all; empty when it can."""
-        return self._failure
+        return self._supervisor.failure
 
     @property
     def in_flight(self) -> int:
         """Sequences accepted and not yet ended."""
-        return len(self._journal)
-
-    @property
-    def heartbeat_age_s(self) -> float:
-        """Seconds since the engine was last heard."""
-        return time.monotonic() - self._heard_at
+        return len(self._in_flight)
 
     @property
     def state(self) -> EngineState:
+        phase = self._supervisor.phase
+        if phase in ("stopped", "failed"):
+            return phase
         if self._draining:
             return "draining"
-        if self._failure:
-            return "failed"
-        if not self._ready:
-            return "restarting" if self.restarts else "starting"
-        if self.heartbeat_age_s > self.stall_s / 2:
+        if phase != "ready":
+            return phase
+        if self._supervisor.is_silent:
             return "stalled"
-        return "busy" if self._journal else "idle"
+        return "busy" if self.in_flight else "idle"
 
     @property
     def state_reason(self) -> str:
-        return {
-            "starting": "the engine is loading the model",
-            "restarting": "the engine died and is being replaced",
-            "stalled": f"the engine has not been heard for {self.heartbeat_age_s:.1f} s",
-            "draining": "the server is shutting down",
-            "failed": "the engine cannot start; the server's log says why",
-        }.get(self.state, "")
+        supervisor = self._supervisor
+        death = supervisor.death.words if supervisor.death is not None else "died"
+        match self.state:
+            case "starting":
+                return "the engine is loading the model"
+            case "restarting":
+                return f"the engine {death} and is being replaced"
+            case "crash-loop":
+                return (
+                    f"the engine keeps dying; the last one {death}; the next one starts in "
+                    f"{supervisor.next_try_s:.1f} s"
+                )
+            case "stalled":
+                return f"the engine has not been heard for {supervisor.heartbeat_age_s:.1f} s"
+            case "draining" | "stopped":
+                return "the server is shutting down"
+            case "failed":
+                return "the engine cannot start; the server's log says why"
+            case _:
+                return ""
+
+    @property
+    def health(self) -> EngineHealth:
+        supervisor = self._supervisor
+        return EngineHealth(self.state, supervisor.heartbeat_age_s, supervisor.restarts)
 
     def submit(self, requests: list[SequenceRequest], timeout_s: float) -> list[TokenStream]:
         self._admit(requests, timeout_s)
-        entries = [JournalEntry(next(self._ids), request, self._drop) for request in requests]
-        for entry in entries:
-            self._journal[entry.id] = entry
-            self._nothing_in_flight.clear()
-        self._send_due()
-        return list(entries)
+        return list(self._in_flight.add(requests))
 
     def spawn(self) -> None:
         """Start the engine process; it loads libraries while the caller goes on."""
-        self._began_at = time.monotonic()
-        self._engine = EngineProcess.spawn()
+        self._supervisor.spawn()
 
     def start(self, config: EngineConfig) -> None:
         """Begin supervising; needs a running event loop."""
-        self._supervisor = asyncio.create_task(self._supervise(config), name="engine-supervisor")
-        self._supervisor.add_done_callback(self._supervisor_ended)
-
-    def _supervisor_ended(self, task: asyncio.Task[None]) -> None:
-        """A server without supervision would accept requests that nobody answers."""
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("supervision of the engine broke off", exc_info=error)
-            self.fail(f"supervision broke off: {type(error).__name__}: {error}")
+        self._supervisor.start(config)
 
     def fail(self, reason: str) -> None:
         """The engine cannot start, and why, in words: `state` says so, `failed` is set, and
         whatever is in flight ends with an error."""
-        self._failure = reason
-        for entry in list(self._journal.values()):
-            self._end_with_error(entry, f"the engine cannot start: {reason}")
-        self.failed.set()
+        self._supervisor.fail(reason)
 
     async def drain(self, grace_s: float) -> None:
-        """Take nothing new and wait until what runs is done, at most `grace_s`; what is
-        left then ends as cancelled, with the tokens it has."""
+        """Take nothing new and wait until what runs is done, at most `grace_s` or until
+        `end_grace`; what is left then ends as cancelled, with the tokens it has."""
         self._draining = True
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._nothing_in_flight.wait(), grace_s)
-        for entry in list(self._journal.values()):
-            self._drop(entry)
-            entry.receive(SequenceOutput(entry.id, [], finish_reason="cancelled"))
+        waits = [
+            asyncio.create_task(self._in_flight.nothing.wait()),
+            asyncio.create_task(self._no_grace.wait()),
+        ]
+        await asyncio.wait(waits, timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+        for entry in self._in_flight:
+            self._in_flight.end(entry, "cancelled")
+
+    def end_grace(self) -> None:
+        """Do not wait any longer for what runs."""
+        self._no_grace.set()
 
     async def stop(self) -> None:
         """End the engine process."""
         self._draining = True
-        is_loaded = self._ready
-        self._send(Shutdown())
-        if self._supervisor is not None:
-            self._supervisor.cancel()
-            await asyncio.gather(self._supervisor, return_exceptions=True)
-        # One that is still loading does not read messages; there is nothing to lose in it.
-        await self._end_engine(grace_s=2.0 if is_loaded else 0.0)
+        await self._supervisor.stop()
+
+    def engine_ready(self) -> None:
+        """Of the supervisor alone, like the three below."""
+        self._in_flight.engine_ready()
+
+    def engine_stepped(self, step: StepOutput) -> None:
+        self._stats = step.stats
+        for output in step.outputs:
+            if self._in_flight.deliver(output):
+                self._finishes.append(time.monotonic())
+
+    def engine_lost(self, loss: Loss) -> None:
+        self._in_flight.engine_lost(loss)
+        self._stats = EngineStats()
+
+    def engine_failed(self, reason: str) -> None:
+        for entry in self._in_flight:
+            self._in_flight.end(entry, "error", f"the engine cannot start: {reason}")
+        self.failed.set()
 
     def _admit(self, requests: list[SequenceRequest], timeout_s: float) -> None:
-        state = self.state
-        info = self._info
-        if state in ("starting", "draining", "failed") or info is None:
-            raise EngineUnavailableError(self.state_reason, retry_after_s=2.0)
+        state, info, wait_s = self.state, self.info, self._supervisor.wait_s
+        if info is None or state not in ("idle", "busy", "stalled", "restarting"):
+            raise EngineUnavailableError(self.state_reason, retry_after_s=max(2.0, wait_s))
         for request in requests:
             _check_fits(request, info)
         if len(requests) > self.max_in_flight:
@@ -238,7 +227,6 @@ class EngineClient:
                 f"{self.max_in_flight} at most",
                 field="n",
             )
-        wait_s = self._replacement_wait_s()
         if wait_s > timeout_s:
             raise EngineUnavailableError(self.state_reason, retry_after_s=max(1.0, wait_s))
         if self.in_flight + len(requests) > self.max_in_flight:
@@ -248,14 +236,6 @@ class EngineClient:
                 retry_after_s=self._drain_time_s(excess),
             )
 
-    def _replacement_wait_s(self) -> float:
-        """How long until there is an engine, if the next one takes as long as the last did."""
-        if self._ready and self.state != "stalled":
-            return 0.0
-        if self._ready:  # stalled: it is given up first
-            return max(0.0, self.stall_s - self.heartbeat_age_s) + self._start_s
-        return max(0.0, self._start_s - (time.monotonic() - self._began_at))
-
     def _drain_time_s(self, count: int) -> float:
         """How long the rate of finishing of the last minute takes to finish `count` more:
         1 .. 60 s."""
@@ -264,138 +244,6 @@ class EngineClient:
         if len(recent) < 2:
             return 1.0
         return min(60.0, max(1.0, count * (now - recent[0]) / len(recent)))
-
-    def _drop(self, entry: JournalEntry) -> None:
-        if self._forget(entry):
-            if entry.is_sent:
-                self._send(Abort(entry.id))
-            if entry.deaths >= SUSPECT_DEATHS:
-                self._send_due()
-
-    def _forget(self, entry: JournalEntry) -> bool:
-        """Take an ended sequence out of the journal; False when it was not in it."""
-        was_there = self._journal.pop(entry.id, None) is not None
-        if not self._journal:
-            self._nothing_in_flight.set()
-        return was_there
-
-    def _send(self, message: ToEngine) -> None:
-        """Queue a message; without an engine there is nobody to tell, and the journal is
-        what the next one starts from."""
-        if self._ready and self._socket is not None:
-            self._socket.send(encoder.encode(message))
-
-    def _send_due(self) -> None:
-        """Give the engine what it does not have yet: everything, or the first suspect."""
-        if not self._ready:
-            return  # Ready sends what is due then
-        due = [entry for entry in self._journal.values() if not entry.is_sent]
-        if any(entry.deaths >= SUSPECT_DEATHS for entry in self._journal.values()):
-            is_testing = any(
-                entry.is_sent and entry.deaths >= SUSPECT_DEATHS for entry in self._journal.values()
-            )
-            suspects = [entry for entry in due if entry.deaths >= SUSPECT_DEATHS]
-            due = [] if is_testing else suspects[:1]
-        for entry in due:
-            entry.is_sent = True
-            self._send(entry.to_submit())
-
-    async def _supervise(self, config: EngineConfig) -> None:
-        """Run one engine after another until stopped or the engine cannot start."""
-        backoff_s = 0.0
-        while True:
-            if self._engine is None:
-                self.spawn()
-            try:
-                reason = await self._run_engine(config)
-            finally:
-                self._ready = False
-            await self._end_engine(grace_s=0.0)
-            if self._failure:
-                return
-            self.restarts += 1
-            self._count_deaths()
-            log.error("%s; replacing it (%d in flight)", reason, self.in_flight)
-            is_short = time.monotonic() - self._began_at < SHORT_LIFE_S
-            self._began_at = time.monotonic()
-            backoff_s = min(MAX_BACKOFF_S, max(0.5, 2 * backoff_s)) if is_short else 0.0
-            await asyncio.sleep(backoff_s)
-
-    async def _run_engine(self, config: EngineConfig) -> str:
-        """Configure the engine and read it until it dies or stalls; says which."""
-        engine = self._engine
-        if engine is None:
-            raise RuntimeError("no engine process was spawned")
-        self._socket = engine.bind()
-        self._socket.send(encoder.encode(config))
-        self._heard_at = time.monotonic()
-        while True:
-            if await self._socket.poll(200):
-                try:
-                    self._handle(await self._socket.recv())
-                except msgspec.MsgspecError as error:
-                    return f"the engine sent a message that breaks the schema: {error}"
-                if self._failure:
-                    return self._failure
-                continue
-            status = engine.process.poll()
-            if status is not None:
-                return f"the engine process ended with status {status}"
-            if self._ready and self.heartbeat_age_s > self.stall_s:
-                return f"the engine was not heard for {self.heartbeat_age_s:.1f} s"
-
-    def _handle(self, data: bytes) -> None:
-        message = from_engine_decoder.decode(data)
-        self._heard_at = time.monotonic()
-        if isinstance(message, StepOutput):
-            self._stats = message.stats
-            for output in message.outputs:
-                self._deliver(output)
-        elif isinstance(message, Ready):
-            self._info = message.info
-            self._ready = True
-            self._start_s = self._heard_at - self._began_at
-            self._send_due()
-        elif isinstance(message, StartFailed):
-            self.fail(message.reason)
-
-    def _deliver(self, output: SequenceOutput) -> None:
-        entry = self._journal.get(output.id)
-        if entry is None:
-            return  # cancelled while this was on its way
-        was_suspect = entry.deaths >= SUSPECT_DEATHS
-        entry.deaths = 0
-        entry.receive(output)
-        if output.finish_reason is not None:
-            self._forget(entry)
-            self._finishes.append(time.monotonic())
-        if was_suspect:
-            self._send_due()
-
-    def _count_deaths(self) -> None:
-        """An engine died: whatever it had been given may be the reason. One that died while
-        it was loading had nothing."""
-        for entry in list(self._journal.values()):
-            if not entry.is_sent:
-                continue
-            entry.is_sent = False
-            entry.deaths += 1
-            if entry.deaths >= MAX_DEATHS:
-                self._end_with_error(
-                    entry, f"the engine died {entry.deaths} times while this request was in it"
-                )
-
-    def _end_with_error(self, entry: JournalEntry, reason: str) -> None:
-        self._forget(entry)
-        entry.receive(SequenceOutput(entry.id, [], finish_reason="error", error=reason))
-
-    async def _end_engine(self, grace_s: float) -> None:
-        if self._engine is not None:
-            await asyncio.to_thread(self._engine.end, grace_s)
-            self._engine = None
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
 
 
 def _check_fits(request: SequenceRequest, info: ModelInfo) -> None:

@@ -25,15 +25,21 @@ class SequenceRequest:
 
 
 class TokenStream(Protocol):
-    """The outputs of one sequence, as the API reads them."""
+    """The outputs of one sequence, as the API reads them. Nothing here waits, so nothing that
+    came can be lost between a wait and its cancellation."""
 
-    async def next(self) -> SequenceOutput:
-        """Everything that came since the last call, merged into one output; waits while
-        there is nothing. The output with a `finish_reason` is the last."""
+    def notify(self, news: asyncio.Event) -> None:
+        """Set `news` whenever there is something to take; at once if there is."""
+        ...
+
+    def take(self) -> SequenceOutput | None:
+        """Everything that came since the last call, merged into one output; None when that is
+        nothing. The output with a `finish_reason` is the last."""
         ...
 
     def cancel(self) -> None:
-        """Stop generating and free its blocks. Harmless when already finished."""
+        """Stop generating and free its blocks; what came before may still be taken. Harmless
+        when already finished."""
         ...
 
 
@@ -47,22 +53,26 @@ class JournalEntry:
     drop: Callable[[JournalEntry], None]
     token_ids: list[int] = field(default_factory=list)  # all received
     is_sent: bool = False  # to the engine that runs now
-    deaths: int = 0  # of engines that had it, since its last output
-    _taken: int = 0  # of token_ids
+    deaths: int = 0  # of engines that were computing it, since its last output
+    kills: int = 0  # the same, killed from outside
+    _num_taken: int = 0  # of token_ids
     _logprobs: list[TokenLogprob] = field(default_factory=list)  # not yet taken
-    _last: SequenceOutput | None = None
+    _last: SequenceOutput | None = None  # None: nothing came since the last `take`
     _timing: tuple[float, float] = (0.0, 0.0)
-    _news: asyncio.Event = field(default_factory=asyncio.Event)
+    _news: asyncio.Event | None = None
 
-    async def next(self) -> SequenceOutput:
-        await self._news.wait()
-        self._news.clear()
-        last = self._last
+    def notify(self, news: asyncio.Event) -> None:
+        self._news = news
+        if self._last is not None:
+            news.set()
+
+    def take(self) -> SequenceOutput | None:
+        last, self._last = self._last, None
         if last is None:
-            raise RuntimeError(f"sequence {self.id} was woken without an output")
-        token_ids = self.token_ids[self._taken :]
+            return None
+        token_ids = self.token_ids[self._num_taken :]
         logprobs, self._logprobs = self._logprobs, []
-        self._taken = len(self.token_ids)
+        self._num_taken = len(self.token_ids)
         return SequenceOutput(
             id=self.id,
             token_ids=token_ids,
@@ -83,9 +93,11 @@ class JournalEntry:
         if not self.token_ids and output.token_ids:
             self._timing = (output.queue_s, output.prefill_s)
         self.token_ids += output.token_ids
-        self._logprobs += output.logprobs or []
+        if output.logprobs:
+            self._logprobs += output.logprobs
         self._last = output
-        self._news.set()
+        if self._news is not None:
+            self._news.set()
 
     def to_submit(self) -> Submit:
         """The message that starts this sequence, or starts it again where it was."""

@@ -7,7 +7,7 @@ accepted = finished + aborted + failed + in flight, at every moment.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -15,8 +15,12 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from service.engine.messages import EngineStats
+from service.health import CAUSES, STATES, EngineHealth
 
 Outcome = Literal["finished", "aborted", "failed"]
+# Why nobody waits for an answer any more: its client went away; its client took nothing of what
+# was waiting for too long; its client went away and did not come back within `detach_s`.
+AbortReason = Literal["client-gone", "slow-reader", "detach-expired"]
 
 
 class Metrics:
@@ -28,7 +32,14 @@ class Metrics:
         self._finished = self._counter(
             "requests_finished", "Requests answered to the end, by why they ended.", "reason"
         )
-        self._aborted = self._counter("requests_aborted", "Requests whose client went away.")
+        self._aborted = self._counter(
+            "requests_aborted", "Requests that nobody waited for any more, by why.", "reason"
+        )
+        for reason in get_args(AbortReason):
+            self._aborted.labels(reason)
+        self._slow_readers = self._counter(
+            "slow_readers", "Connections closed because their clients took nothing."
+        )
         self._failed = self._counter("requests_failed", "Requests that ended with an error.")
         self._rejected = self._counter(
             "requests_rejected", "Requests refused before they were admitted, by why.", "reason"
@@ -53,12 +64,12 @@ class Metrics:
         self._prompt.inc(num_prompt_tokens)
 
     def ended(self, outcome: Outcome, reason: str) -> None:
-        """An admitted request ended; called once for each. `reason` counts when it finished."""
+        """An admitted request ended; called once for each. `reason` counts unless it failed."""
         self._in_flight.dec()
         if outcome == "finished":
             self._finished.labels(reason).inc()
         elif outcome == "aborted":
-            self._aborted.inc()
+            self._aborted.labels(reason).inc()
         else:
             self._failed.inc()
 
@@ -66,13 +77,25 @@ class Metrics:
         """A request was refused at the door."""
         self._rejected.labels(reason).inc()
 
+    def slow_reader(self) -> None:
+        """A connection was closed because its client took nothing."""
+        self._slow_readers.inc()
+
     def generated(self, num_tokens: int) -> None:
         """Tokens came from the engine."""
         self._generated.inc(num_tokens)
 
-    def watch_engine(self, stats: Callable[[], EngineStats]) -> None:
+    def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
+        """Show a number as it is when someone asks."""
+        gauge = Gauge(f"vitrine_{name}", text, registry=self.registry)
+        gauge.set_function(value)
+
+    def watch_engine(
+        self, stats: Callable[[], EngineStats], health: Callable[[], EngineHealth]
+    ) -> None:
         """Show the engine's own numbers, as they are when someone asks."""
         self.registry.register(_EngineCollector(stats))
+        self.registry.register(_HealthCollector(health))
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """All metrics as Prometheus text, or as OpenMetrics when `accept` (the header) asks,
@@ -115,3 +138,32 @@ class _EngineCollector(Collector):
         ]
         for name, text, value in counters:
             yield CounterMetricFamily(f"vitrine_engine_{name}", text, value)
+
+
+class _HealthCollector(Collector):
+    """Reads `EngineHealth` at every scrape."""
+
+    def __init__(self, health: Callable[[], EngineHealth]) -> None:
+        self._health = health
+
+    def collect(self) -> Iterator[Metric]:
+        health = self._health()
+        states = GaugeMetricFamily(
+            "vitrine_engine_state", "1 for the state the engine is in.", labels=["state"]
+        )
+        for state in STATES:
+            states.add_metric([state], float(state == health.state))
+        yield states
+        yield GaugeMetricFamily(
+            "vitrine_engine_heartbeat_age_seconds",
+            "Time since the engine was last heard.",
+            health.heartbeat_age_s,
+        )
+        restarts = CounterMetricFamily(
+            "vitrine_engine_restarts",
+            "Engines replaced, by why: it ended, stalled, sent nonsense, could not start.",
+            labels=["cause"],
+        )
+        for cause in CAUSES:
+            restarts.add_metric([cause], health.restarts.get(cause, 0))
+        yield restarts

@@ -88,7 +88,14 @@ class Settings(ModelSettings):
         None, description="file with the Jinja chat template; without it, the checkpoint's own"
     )
     api_key_file: Path | None = Field(
-        None, description="file with one API key a line (name:key, or key); without it, no key"
+        None,
+        description="file with one API key a line: name:sha256:<hex> (see `vitrine keys`), "
+        "name:key or key; without keys, everyone is let in",
+    )
+    api_keys: str | None = Field(
+        None,
+        description="keys as in the file, separated by commas: meant for VITRINE_API_KEYS, as "
+        "command lines are seen by every user of a machine",
     )
     max_queue_requests: int = Field(
         256, ge=0, description="requests that may wait beyond max-num-seqs before 429"
@@ -98,9 +105,26 @@ class Settings(ModelSettings):
         600.0, gt=0, description="longest time a request may take, and the default of timeout_s"
     )
     keep_alive_s: float = Field(15.0, gt=0, description="silence before a keep-alive comment")
+    max_events_s: float = Field(
+        2000.0, gt=0, description="events a second, of all streams; beyond, tokens share events"
+    )
+    slow_reader_s: float = Field(
+        60.0, gt=0, description="a client that takes nothing of what waits for so long is cut off"
+    )
+    max_detachable: int = Field(
+        128, ge=0, description="requests with detach_s that are kept at a time before 429"
+    )
+    max_detach_bytes: int = Field(
+        4 * 2**20, ge=1024, description="of events kept for one of them; past it, it fails"
+    )
     drain_s: float = Field(30.0, ge=0, description="time for running requests after SIGTERM")
     stall_s: float = Field(
-        30.0, gt=0, description="silence after which the engine is taken for dead and replaced"
+        30.0, ge=2, description="silence after which the engine is taken for dead and replaced"
+    )
+    standby: bool = Field(
+        True,
+        description="keep a second engine process that has its libraries loaded (150 MB) and "
+        "no weights: a dead engine is replaced a second or two sooner",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="of logs")
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import httpx2
 import psutil
 
 START_LIMIT_S = 60.0
+ENGINE_MODULES = {"service.engine", "tests.poisoned_engine"}
 
 
 @dataclass
@@ -31,11 +32,18 @@ class Server:
 
     @property
     def engine(self) -> psutil.Process:
-        """The engine process under it."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        engines = [c for c in children if "service.engine" in c.cmdline()]
-        assert len(engines) == 1, f"{len(engines)} engine processes"
-        return engines[0]
+        """The engine process under it; the standby is always younger."""
+        return self.engines()[0]
+
+    def engines(self) -> list[psutil.Process]:
+        """The engine process, and the standby if there is one already."""
+        engines = []
+        for child in psutil.Process(self.process.pid).children():
+            with suppress(psutil.Error):  # it ended while we looked
+                if ENGINE_MODULES & set(child.cmdline()):
+                    engines.append((child.create_time(), child.pid, child))
+        assert engines, "no engine process"
+        return [child for _, _, child in sorted(engines)]
 
     def wait_ready(self) -> None:
         """Until /health/ready answers 200; fails with the log when the server ends."""
@@ -88,11 +96,13 @@ def free_port() -> int:
 
 
 @contextmanager
-def running_server(folder: Path, *flags: str, ready: bool = True) -> Iterator[Server]:
+def running_server(
+    folder: Path, *flags: str, ready: bool = True, module: str = "service"
+) -> Iterator[Server]:
     """Start a server with these flags; whatever is left of it in the end is killed."""
     port = free_port()
     log = folder / f"server-{port}.log"
-    command = [sys.executable, "-m", "service", "serve", "--port", str(port), *flags]
+    command = [sys.executable, "-m", module, "serve", "--port", str(port), *flags]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("VITRINE_")}
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)

@@ -8,7 +8,10 @@
 #include "vectors.h"
 
 #include <math.h>
+#include <omp.h>
 #include <stddef.h>
+
+#define HEARTBEAT_S 0.2 /* calling Python after each layer of a small model would cost too much */
 
 /* Row i of out is the norm of row which[i] of x, or of row i. */
 static void norm_rows(const Model *m, const Norm *norm, const void *x, const int64_t *which,
@@ -51,10 +54,17 @@ static void forward_layer(const Model *m, const Layer *l, const Step *s) {
 }
 
 void vitrine_forward(const Model *m, const Step *s) {
+    double last = omp_get_wtime();
 #pragma omp parallel num_threads((int)s->num_threads)
     {
-        for (int64_t layer = 0; layer < m->num_layers; layer++)
+        for (int64_t layer = 0; layer < m->num_layers; layer++) {
             forward_layer(m, &m->layers[layer], s);
+#pragma omp master /* the thread that called */
+            if (s->heartbeat && omp_get_wtime() - last > HEARTBEAT_S) {
+                s->heartbeat();
+                last = omp_get_wtime();
+            }
+        }
         norm_rows(m, &m->final_norm, s->hidden, s->logits_rows, s->num_logits, s->normed);
         const Output logits = {s->logits, NULL, NO_ACTIVATION, 0};
         linear(&m->lm_head, s->normed, s->num_logits, m->is_bf16, &logits, s->panels);

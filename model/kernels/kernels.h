@@ -64,6 +64,7 @@ typedef struct {
     void *normed, *qkv, *mixed, *gated; /* scratch, (num_tokens, ...) each */
     void *panels;                       /* INT8: scratch, (num_threads, 64 max in_features) bf16 */
     float *logits;                      /* (num_logits, vocab_size) */
+    void (*heartbeat)(void);            /* called between layers now and then, or NULL */
 } Step;
 
 /* Where a product goes. */

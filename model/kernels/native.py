@@ -19,7 +19,9 @@ from pathlib import Path
 
 from model.kernels.structs import FORWARD_ARGUMENTS
 
-SOURCES = tuple(Path(__file__).with_name(f"{name}.c") for name in ("forward", "linear", "attention"))
+SOURCES = tuple(
+    Path(__file__).with_name(f"{name}.c") for name in ("forward", "linear", "attention")
+)
 HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("kernels", "vectors"))
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fopenmp", "-fPIC", "-shared")
 BUILD_LIMIT_S = 120

@@ -6,6 +6,7 @@ import ctypes
 from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
 from typing import ClassVar
 
+Heartbeat = ctypes.CFUNCTYPE(None)
 KINDS = {"float32": 0, "bfloat16": 1, "int8": 2}
 ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "swiglu": 3}
 
@@ -92,6 +93,7 @@ class Step(Structure):
         ("gated", c_void_p),
         ("panels", c_void_p),
         ("logits", c_void_p),
+        ("heartbeat", Heartbeat),
     ]
 
 

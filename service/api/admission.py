@@ -21,15 +21,24 @@ from service.metrics import Metrics
 
 
 async def make_plan(
-    body: GenerateRequest, context: ApiContext, request_id: str, arrived_s: float
+    body: GenerateRequest,
+    context: ApiContext,
+    request_id: str,
+    arrived_s: float,
+    *,
+    owner: str | None = None,
 ) -> Plan:
-    """Everything that is known before the engine is asked.
+    """Everything that is known before the engine is asked. `owner` may resume and cancel it.
 
     Raises `ProblemError` (422) naming field, value and limit, and `EngineUnavailableError`
     while the model is being loaded.
     """
     tokenizer, info = context.loaded()
     timeout_s = _timeout(body, context.limits)
+    if body.detach_s > 0 and not body.stream:
+        raise invalid_field(
+            "detach_s", f"{body.detach_s:g} with stream false: only a stream can be resumed"
+        )
     _check_vocabulary(body, info.vocab_size)
     prompt_ids = await _prompt_ids(body, tokenizer, info, context.limits)
     max_tokens = _max_tokens(body, len(prompt_ids), info)
@@ -49,6 +58,7 @@ async def make_plan(
         priority=body.priority,
         arrived_s=arrived_s,
         timeout_s=timeout_s,
+        owner=owner,
     )
 
 

@@ -7,7 +7,7 @@ and the documentation.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -118,6 +118,16 @@ class GenerateAnswer(msgspec.Struct, frozen=True):
     choices: list[Choice]
     usage: Usage
     timing: Timing
+
+
+class CancelAnswer(msgspec.Struct, frozen=True):
+    """The answer of /generate/{id}/cancel."""
+
+    id: str
+    status: Annotated[
+        Literal["cancelled", "ended"],
+        Meta(description="ended: it had, by itself, before it could be cancelled."),
+    ]
 
 
 class TokenSpan(msgspec.Struct, frozen=True):

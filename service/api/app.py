@@ -17,12 +17,15 @@ from service.api import (
     openai_models,
     openapi,
     operations,
+    resume,
     tokenization,
 )
 from service.api.context import ApiContext
 from service.api.generation import ActiveGenerations
+from service.api.identity import ApiKeyMiddleware
 from service.api.limits import ApiLimits
-from service.api.middleware import ApiKeyMiddleware, BodyLimitMiddleware, RequestIdMiddleware
+from service.api.middleware import BodyLimitMiddleware, RequestIdMiddleware
+from service.api.resumable import ResumableStreams
 from service.chat_renderer import ChatRenderer
 from service.client import Engine
 from service.metrics import Metrics
@@ -45,15 +48,19 @@ def create_app(
     for a model without a chat template. `app.state.context` is the `ApiContext`.
     """
     metrics = Metrics()
-    metrics.watch_engine(lambda: engine.stats)
+    metrics.watch_engine(lambda: engine.stats, lambda: engine.health)
+    resumable = ResumableStreams(settings.max_detachable, settings.max_detach_bytes)
+    metrics.watch("detachable_requests", "Requests kept for their detach_s.", resumable.__len__)
+    metrics.watch("detachable_bytes", "Bytes of their events.", lambda: resumable.num_bytes)
     context = ApiContext(
         limits=settings,
         engine=engine,
         tokenizer=tokenizer,
         model_name=model_name,
         metrics=metrics,
-        generations=ActiveGenerations(engine, metrics),
         chat_renderer=chat_renderer,
+        generations=ActiveGenerations(engine, metrics, settings.max_events_s),
+        resumable=resumable,
     )
     app = FastAPI(
         title="Vitrine",
@@ -65,11 +72,12 @@ def create_app(
     app.state.context = context
     # The last added is the first that a request meets.
     app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes)
-    app.add_middleware(ApiKeyMiddleware, key_hashes=settings.api_key_hashes)
+    app.add_middleware(ApiKeyMiddleware, keys=settings.api_keys)
     app.add_middleware(RequestIdMiddleware)
     errors.install(app)
     for module in (
         generate,
+        resume,
         openai_completions,
         openai_chat,
         openai_models,

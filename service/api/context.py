@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from model.tokenizer import Tokenizer
 from service.api.generation import ActiveGenerations
 from service.api.limits import ApiLimits
+from service.api.resumable import ResumableStreams
 from service.chat_renderer import ChatRenderer
 from service.client import Engine, EngineUnavailableError
 from service.engine.messages import ModelInfo
@@ -27,6 +28,7 @@ class ApiContext:
     metrics: Metrics
     generations: ActiveGenerations
     chat_renderer: Callable[[], ChatRenderer | None]  # None: the model has no chat template
+    resumable: ResumableStreams
 
     def loaded(self) -> tuple[Tokenizer, ModelInfo]:
         """The tokenizer and what the model is.

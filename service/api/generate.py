@@ -16,20 +16,23 @@ from service.api.admission import make_plan, rejections_counted
 from service.api.answers import Choice, DoneEvent, GenerateAnswer, StartEvent, TokenEvent
 from service.api.body import read_json
 from service.api.context import ApiContext
-from service.api.continuation import Delta, Done, combined
+from service.api.continuation import combined
 from service.api.disconnect import run_while_connected
-from service.api.errors import request_id_of
-from service.api.generation import Failed, Generation
+from service.api.errors import ProblemError, request_id_of
+from service.api.event_writer import EventWriter
+from service.api.generation import Generation, RequestKey
+from service.api.identity import key_name_of
 from service.api.openapi import describe
 from service.api.schemas import GenerateRequest
-from service.api.sse import EventStreamResponse, format_event
+from service.api.sse import EventStreamResponse
 from service.api.whole import whole_continuations
 
 DESCRIPTION = """Continues a prompt.
 
 With `stream: true` (the default) the answer is an event stream: `start`, `token` events, one
 `done` for each continuation; or an `error` as the last event. The `text` of an index's `token`
-events concatenates to exactly its `done.text`. Closing the connection cancels the request."""
+events concatenates to exactly its `done.text`. Closing the connection cancels the request, unless
+it was made with `detach_s`: then GET /generate/{id} goes on with it."""
 
 
 def routes(context: ApiContext) -> APIRouter:
@@ -40,20 +43,39 @@ def routes(context: ApiContext) -> APIRouter:
         "/generate",
         summary="Continue a prompt",
         description=DESCRIPTION,
-        **describe(GenerateRequest, GenerateAnswer, events=(StartEvent, TokenEvent, DoneEvent)),
+        **describe(
+            GenerateRequest,
+            GenerateAnswer,
+            events=(StartEvent, TokenEvent, DoneEvent),
+            refusals=(409,),
+        ),
     )
     async def generate(request: Request) -> Response:
         arrived_s = asyncio.get_running_loop().time()
         with rejections_counted(context.metrics):
             body = await read_json(request, GenerateRequest)
-            plan = await make_plan(body, context, request_id_of(request), arrived_s)
+            plan = await make_plan(
+                body,
+                context,
+                request_id_of(request),
+                arrived_s,
+                owner=key_name_of(request),
+            )
             tokenizer, _ = context.loaded()
+            _check_id(plan.key, context, is_kept=body.detach_s > 0)
+            if body.detach_s > 0:
+                context.resumable.make_room()
             generation = context.generations.admit(plan, tokenizer)
         # From here on the request is in flight: no await before somebody will call `abort`.
         if body.stream:
-            events = EventWriter(generation, tokenizer, context.model_name)
+            writer = EventWriter(generation, tokenizer, context.model_name)
+            if body.detach_s > 0:
+                client = context.resumable.add(writer, body.detach_s).attach(after=-1)
+                return EventStreamResponse(
+                    client.next_chunk, client.close, context.limits.keep_alive_s
+                )
             return EventStreamResponse(
-                events.next_chunk, generation.abort, context.limits.keep_alive_s
+                writer.next_chunk, generation.abort, context.limits.keep_alive_s
             )
         try:
             answer = await run_while_connected(
@@ -66,61 +88,17 @@ def routes(context: ApiContext) -> APIRouter:
     return router
 
 
-class EventWriter:
-    """Writes a generation's items as events, numbered from 0."""
-
-    def __init__(self, generation: Generation, tokenizer: Tokenizer, model_name: str) -> None:
-        self._generation = generation
-        self._tokenizer = tokenizer
-        self._model_name = model_name
-        self._number = 0
-
-    async def next_chunk(self) -> bytes | None:
-        """The bytes of all events that are ready, at least one; None after the last."""
-        if self._number == 0:
-            return self._start()
-        items = await self._generation.next()
-        if not items:
-            return None
-        return b"".join([self._event(item) for item in items])
-
-    def _start(self) -> bytes:
-        plan = self._generation.plan
-        return self._frame(
-            "start",
-            answers.encode(
-                StartEvent(
-                    id=plan.request_id,
-                    model=self._model_name,
-                    created=int(time.time()),
-                    prompt_tokens=len(plan.prompt_token_ids),
-                    seed=plan.seed,
-                )
-            ),
-        )
-
-    def _event(self, item: Delta | Done | Failed) -> bytes:
-        if isinstance(item, Delta):
-            logprobs = answers.logprobs(self._tokenizer, item.logprobs)
-            event = TokenEvent(item.index, item.text, item.token_ids, logprobs)
-            return self._frame("token", answers.encode(event))
-        if isinstance(item, Done):
-            done = DoneEvent(
-                index=item.index,
-                finish_reason=item.finish_reason,
-                text=item.text,
-                usage=item.usage,
-                timing=item.timing,
-                stop_reason=UNSET if item.stop_reason is None else item.stop_reason,
-            )
-            return self._frame("done", answers.encode(done))
-        problem = item.error.problem(self._generation.plan.request_id)
-        return self._frame("error", answers.encode(problem))
-
-    def _frame(self, event: str, data: bytes) -> bytes:
-        framed = format_event(f"{self._generation.plan.request_id}:{self._number}", event, data)
-        self._number += 1
-        return framed
+def _check_id(key: RequestKey, context: ApiContext, *, is_kept: bool) -> None:
+    """The id of a request that can be resumed must mean one request. Raises `ProblemError`."""
+    if context.resumable.find(key) is None and not (is_kept and context.generations.is_active(key)):
+        return
+    raise ProblemError(
+        "id-in-use",
+        409,
+        f"X-Request-Id: {key[1]!r} is the id of another request, and one of the two was made "
+        "with detach_s; send another id, or none",
+        field="X-Request-Id",
+    )
 
 
 async def _whole_answer(

@@ -1,13 +1,16 @@
 """One request in flight: its continuations merged, its deadline, and its one end.
 
-Nothing is queued here. `next` reads what each stream of the engine has ready, at most one
-merged output each, and is called again only when the client took the last.
+Nothing is queued here. `next` takes what each stream of the engine has ready, at most one
+merged output each, and is called again only when the client took the last. With many streams
+it waits a moment between, so that tokens share events: an event costs the same whatever is in
+it, and on a CPU what the API takes the engine lacks.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,12 +22,17 @@ from service.api.text import AnswerText, StopStrings
 from service.client import Engine, EngineUnavailableError
 from service.engine.messages import SequenceOutput
 from service.journal import SequenceRequest
-from service.metrics import Metrics, Outcome
+from service.metrics import AbortReason, Metrics, Outcome
 
 log = logging.getLogger(__name__)
 
 # How a request with several continuations ended: the first of these that one of them did.
 _BY_WEIGHT = ("timeout", "cancelled", "length", "stop")
+_MAX_CANCELLED = 1024
+_SHORTEST_PAUSE_S = 0.002  # a shorter one costs more than it saves
+_LONGEST_PAUSE_S = 0.05  # more than that a reader would see
+
+RequestKey = tuple[str | None, str]  # owner, request id: nobody meets another's requests
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +48,11 @@ class Plan:
     priority: int
     arrived_s: float  # the event loop's clock
     timeout_s: float  # from arrival
+    owner: str | None = None  # the API key that may resume and cancel it; None: no keys
+
+    @property
+    def key(self) -> RequestKey:
+        return self.owner, self.request_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,79 +78,74 @@ class Generation:
         self.continuations = continuations
         self._house = house
         self._open = list(continuations)
-        self._reads: dict[asyncio.Task[SequenceOutput], Continuation] = {}
-        self._waiting: asyncio.Timeout | None = None
-        self._ended_by: str | None = None  # our own reason to end it
         self._settled = False
+        self._last_items: list[Item] = []  # of a request that we ended, until they are read
+        self._news = asyncio.Event()
+        for continuation in continuations:
+            continuation.stream.notify(self._news)
         loop = asyncio.get_running_loop()
         self._clock = loop.time
-        # Not checked when the client reads: the engine's work must end though it never reads.
+        self._next_s = 0.0  # not before, on this clock, does `next` give anything
+        # Not checked when the client reads: the request must end though it never reads.
         self._deadline = loop.call_at(plan.arrived_s + plan.timeout_s, self.end, "timeout")
-
-    @property
-    def finished(self) -> bool:
-        """Whether `next` gave the last item."""
-        return self._settled
 
     async def next(self) -> list[Item]:
         """What is new, at least one item; an empty list when everything was said."""
-        items: list[Item] = []
-        while not items and not self._settled:
-            try:
-                for continuation, output in await self._read():
-                    if continuation.done is None:  # another's error may have ended it
-                        items += self._take(continuation, output)
-            except Exception as error:
-                if not isinstance(error, EngineUnavailableError):
-                    log.exception("request %s failed", self.plan.request_id)
-                return [*items, *self._fail(from_exception(error), "error")]
-            if self._ended_by is not None:
-                items += self._end_open(self._ended_by)
-            if not self._open and not self._settled:
-                reasons = {one.done.finish_reason for one in self.continuations if one.done}
-                self._settle("finished", next(r for r in _BY_WEIGHT if r in reasons))
-        return items
+        if not self._settled and (pause_s := self._next_s - self._clock()) > 0:
+            await asyncio.sleep(pause_s)
+        while True:
+            self._news.clear()
+            items, self._last_items = self._last_items, []
+            if not self._settled:
+                items += self._take_all()
+            if items or self._settled:
+                self._next_s = self._clock() + self._house.pause_s
+                return items
+            await self._news.wait()
 
     def end(self, finish_reason: str) -> None:
-        """End it from the server's side; the client gets what it has and this reason."""
-        if self._settled or self._ended_by is not None:
+        """End it from the server's side, now: the client gets what had come and this reason."""
+        if self._settled:
             return
-        self._ended_by = finish_reason
-        for continuation in self._open:
-            continuation.stream.cancel()
-        if self._waiting is not None:
-            self._waiting.reschedule(self._clock())
+        items = self._take_all()
+        if not self._settled:
+            items += self._end_open(finish_reason)
+            self._settle("finished", finish_reason)
+        self._last_items += items
+        self._news.set()
 
-    def abort(self) -> None:
+    def fail(self, error: ProblemError) -> None:
+        """End it from the server's side with what had come, and `error`."""
+        if self._settled:
+            return
+        items = self._take_all()
+        if not self._settled:
+            items += self._fail(error, "error")
+        self._last_items += items
+        self._news.set()
+
+    def abort(self, reason: AbortReason = "client-gone") -> None:
         """Nobody reads the answer any more. Does nothing to a request that has ended."""
         if not self._settled:
-            self._settle("aborted", "")
+            self._settle("aborted", reason)
+            self._news.set()
 
-    async def _read(self) -> list[tuple[Continuation, SequenceOutput]]:
-        """At least one output, unless the request is ended meanwhile."""
-        if self._ended_by is not None:
-            return []
+    def _take_all(self) -> list[Item]:
+        """What the engine has for us, which may be the end."""
+        items: list[Item] = []
         try:
-            async with asyncio.timeout(None) as self._waiting:
-                return await self._read_streams()
-        except TimeoutError:
-            if self._ended_by is None:
-                raise
-            return []
-        finally:
-            self._waiting = None
-
-    async def _read_streams(self) -> list[tuple[Continuation, SequenceOutput]]:
-        if len(self._open) == 1 and not self._reads:  # nothing to merge: no task needed
-            return [(self._open[0], await self._open[0].stream.next())]
-        being_read = set(self._reads.values())
-        for continuation in self._open:
-            if continuation not in being_read:
-                task = asyncio.create_task(_next(continuation))
-                self._reads[task] = continuation
-        ready, _ = await asyncio.wait(self._reads, return_when=asyncio.FIRST_COMPLETED)
-        outputs = [(self._reads.pop(task), task.result()) for task in ready]
-        return sorted(outputs, key=lambda pair: pair[0].index)
+            for continuation in tuple(self._open):
+                # Another's error may have ended it.
+                if continuation.done is None and (output := continuation.stream.take()):
+                    items += self._take(continuation, output)
+        except Exception as error:
+            if not isinstance(error, EngineUnavailableError):
+                log.exception("request %s failed", self.plan.request_id)
+            return [*items, *self._fail(from_exception(error), "error")]
+        if not self._open and not self._settled:
+            reasons = {one.done.finish_reason for one in self.continuations if one.done}
+            self._settle("finished", next(r for r in _BY_WEIGHT if r in reasons))
+        return items
 
     def _take(self, continuation: Continuation, output: SequenceOutput) -> Sequence[Item]:
         if output.finish_reason == "error":
@@ -176,10 +184,6 @@ class Generation:
         self._deadline.cancel()
         for continuation in self._open:
             continuation.stream.cancel()
-        for task in self._reads:
-            task.cancel()
-            task.add_done_callback(_forget)
-        self._reads.clear()
         self._house.forget(self)
         self._house.metrics.ended(outcome, reason)
 
@@ -187,10 +191,20 @@ class Generation:
 class ActiveGenerations:
     """All requests in flight, and the door into the engine."""
 
-    def __init__(self, engine: Engine, metrics: Metrics) -> None:
+    def __init__(self, engine: Engine, metrics: Metrics, max_events_s: float) -> None:
+        """`max_events_s`: events a second of all streams together, from which on they wait."""
         self.metrics = metrics
+        self._max_events_s = max_events_s
         self._engine = engine
         self._active: set[Generation] = set()
+        # Ids that were cancelled lately, so that cancelling twice is answered as once.
+        self._cancelled: OrderedDict[RequestKey, None] = OrderedDict()
+
+    @property
+    def pause_s(self) -> float:
+        """How long each stream waits between its events now."""
+        pause_s = self._engine.stats.num_running / self._max_events_s
+        return min(pause_s, _LONGEST_PAUSE_S) if pause_s > _SHORTEST_PAUSE_S else 0.0
 
     def admit(self, plan: Plan, tokenizer: Tokenizer, more: Sequence[Plan] = ()) -> Generation:
         """Submit all continuations, or raise what `Engine.submit` raises.
@@ -225,22 +239,27 @@ class ActiveGenerations:
         self.metrics.accepted(sum(len(one.prompt_token_ids) for one in plans))
         return generation
 
+    def is_active(self, key: RequestKey) -> bool:
+        """Whether a request with this id is in flight."""
+        return any(one.plan.key == key for one in self._active)
+
+    def cancel(self, key: RequestKey) -> bool:
+        """End every request with this id as cancelled; whether there was one, now or lately."""
+        found = [one for one in self._active if one.plan.key == key]
+        for generation in found:
+            generation.end("cancelled")
+        if found:
+            self._cancelled[key] = None
+            if len(self._cancelled) > _MAX_CANCELLED:
+                self._cancelled.popitem(last=False)
+        return key in self._cancelled
+
     def forget(self, generation: Generation) -> None:
         """It has ended."""
         self._active.discard(generation)
 
     def __len__(self) -> int:
         return len(self._active)
-
-
-async def _next(continuation: Continuation) -> SequenceOutput:
-    return await continuation.stream.next()
-
-
-def _forget(task: asyncio.Task[SequenceOutput]) -> None:
-    """Look at a failure that no longer matters, or asyncio reports it as never looked at."""
-    if not task.cancelled():
-        task.exception()
 
 
 def _sequence_error(continuation: Continuation) -> ProblemError:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
-
-def api_key_hash(key: str | bytes) -> bytes:
-    """What is kept of an API key: the SHA-256 digest of its (UTF-8) bytes."""
-    return hashlib.sha256(key.encode() if isinstance(key, str) else key).digest()
+from service.api.keys import ApiKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +14,10 @@ class ApiLimits:
     max_body_bytes: int = 4 * 2**20
     request_timeout_s: float = 600.0  # the longest `timeout_s`, and its default
     keep_alive_s: float = 15.0  # a comment goes out after so long without an event
-    api_key_hashes: tuple[bytes, ...] = ()  # none: every request is let in
+    max_events_s: float = 2000.0  # of all streams together; beyond, tokens share events
+    max_detachable: int = 128  # requests with `detach_s` that are kept, running or ended
+    max_detach_bytes: int = 4 * 2**20  # of events kept for one of them
+    api_keys: tuple[ApiKey, ...] = ()  # none: every request is let in
     max_tokenize_chars: int = 100_000
     max_detokenize_ids: int = 100_000
     tokenize_in_thread_chars: int = 8_000  # longer texts are tokenized off the event loop

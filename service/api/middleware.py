@@ -1,23 +1,20 @@
-"""What every request passes first: its id, its API key, the size of its body. Pure ASGI."""
+"""What every request passes first: its id, the size of its body (its API key: identity.py). Pure
+ASGI."""
 
 from __future__ import annotations
 
-import hmac
 import logging
 import re
 import uuid
-from collections.abc import Iterable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.errors import ProblemError, from_exception
-from service.api.limits import api_key_hash
 
 log = logging.getLogger(__name__)
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-_OPEN_PATHS = "/health/"
 
 
 class RequestIdMiddleware:
@@ -51,35 +48,6 @@ class RequestIdMiddleware:
                 raise
             log.exception("request %s failed", request_id)
             await from_exception(error).response(scope)(scope, receive, send_with_id)
-
-
-class ApiKeyMiddleware:
-    """Asks for an API key on every route but health; without keys, lets everyone in."""
-
-    def __init__(self, app: ASGIApp, key_hashes: Iterable[bytes]) -> None:
-        self.app = app
-        self._key_hashes = tuple(key_hashes)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not self._key_hashes or self._allowed(scope):
-            await self.app(scope, receive, send)
-            return
-        error = ProblemError(
-            "unauthorized",
-            401,
-            "this server asks for an API key: Authorization: Bearer <key>",
-            headers={"WWW-Authenticate": "Bearer", "Connection": "close"},
-        )
-        await error.response(scope)(scope, receive, send)
-
-    def _allowed(self, scope: Scope) -> bool:
-        if scope["path"].startswith(_OPEN_PATHS):
-            return True
-        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        presented = api_key_hash(key.strip().encode("latin-1"))  # a header is bytes
-        # All of them, each in constant time: how long it takes tells nothing.
-        matches = [hmac.compare_digest(presented, one) for one in self._key_hashes]
-        return scheme.lower() == "bearer" and any(matches)
 
 
 class BodyLimitMiddleware:

@@ -23,6 +23,7 @@ from service.api.errors import (
     request_id_of,
     retry_after,
 )
+from service.api.identity import key_name_of
 from service.api.openai_answers import (
     ChatChoice,
     ChatChunkChoice,
@@ -68,7 +69,9 @@ def routes(context: ApiContext) -> APIRouter:
                 prompt_ids = await _prompt_ids(body, context)
                 tokenizer, info = context.loaded()
                 wish = body.to_generate(prompt_ids, info.context_length)
-                plan = await make_plan(wish, context, request_id, arrived_s)
+                plan = await make_plan(
+                    wish, context, request_id, arrived_s, owner=key_name_of(request)
+                )
                 header = make_header("chatcmpl", request_id, context)
                 generation = context.generations.admit(plan, tokenizer)
         # From here on the request is in flight: no await before somebody will call `abort`.

@@ -17,6 +17,7 @@ from service.api.context import ApiContext
 from service.api.continuation import Delta, Done
 from service.api.errors import OpenAIErrorAnswer, request_id_of
 from service.api.generation import Plan
+from service.api.identity import key_name_of
 from service.api.openai_answers import (
     Completion,
     CompletionChoice,
@@ -53,7 +54,7 @@ def routes(context: ApiContext) -> APIRouter:
             check_model(body.model, context)
             body.check()
             request_id = request_id_of(request)
-            plans = await _plans(body, context, request_id, arrived_s)
+            plans = await _plans(body, context, request, arrived_s)
             tokenizer, _ = context.loaded()
             header = make_header("cmpl", request_id, context)
             generation = context.generations.admit(plans[0], tokenizer, plans[1:])
@@ -65,7 +66,7 @@ def routes(context: ApiContext) -> APIRouter:
 
 
 async def _plans(
-    body: CompletionRequest, context: ApiContext, request_id: str, arrived_s: float
+    body: CompletionRequest, context: ApiContext, request: Request, arrived_s: float
 ) -> list[Plan]:
     """One for each prompt, each as it would be alone."""
     plans = []
@@ -73,7 +74,11 @@ async def _plans(
     for place, prompt in enumerate(prompts):
         with renamed({"prompt": f"prompt[{place}]"} if len(prompts) > 1 else {}):
             wish = body.to_generate(prompt)
-            plans.append(await make_plan(wish, context, request_id, arrived_s))
+            plans.append(
+                await make_plan(
+                    wish, context, request_id_of(request), arrived_s, owner=key_name_of(request)
+                )
+            )
         await asyncio.sleep(0)  # many prompts do not hold up the streams
     return plans
 

@@ -17,12 +17,16 @@ from service.api.errors import MEDIA_TYPE, OpenAIErrorAnswer, Problem
 _REF = "#/components/schemas/{}"
 _REFUSALS = {
     401: "The API key is missing or wrong.",
+    404: "There is no such request, or it is another API key's.",
+    409: "The request id is in use; see detach_s.",
     413: "The body is over the limit.",
     415: "The body is not declared as JSON.",
     422: "A field is wrong, unknown or unsupported, or the request can never fit.",
     429: "The queue is full; Retry-After says when to come again.",
     503: "The engine cannot take a request now; Retry-After says when to come again.",
 }
+_WITHOUT_BODY = (401, 503)
+_WITH_BODY = (401, 413, 415, 422, 429, 503)
 _REQUESTS: tuple[type[BaseModel], ...] = (
     schemas.GenerateRequest,
     schemas.TokenizeRequest,
@@ -35,6 +39,7 @@ _ANSWERS: tuple[type[msgspec.Struct], ...] = (
     answers.TokenEvent,
     answers.DoneEvent,
     answers.GenerateAnswer,
+    answers.CancelAnswer,
     answers.TokenizeAnswer,
     answers.DetokenizeAnswer,
     answers.HealthAnswer,
@@ -51,13 +56,19 @@ _ANSWERS: tuple[type[msgspec.Struct], ...] = (
 
 def describe(
     request: type[BaseModel] | None,
-    answer: type[msgspec.Struct],
+    answer: type[msgspec.Struct] | None,
     events: Sequence[type[msgspec.Struct]] = (),
+    refusals: Sequence[int] = (),
     *,
     refusal: type[Problem | OpenAIErrorAnswer] = Problem,
 ) -> dict[str, Any]:
-    """Keyword arguments of a route's decorator: its body, its answer, and its refusals."""
-    content: dict[str, Any] = {"application/json": {"schema": _ref(answer)}}
+    """Keyword arguments of a route's decorator: its body, its answer (None: events only), and
+    its refusals, of the type `refusal`, besides those of every route with a body or of every one
+    without."""
+    media_type = MEDIA_TYPE if refusal is Problem else "application/json"
+    content: dict[str, Any] = {}
+    if answer is not None:
+        content["application/json"] = {"schema": _ref(answer)}
     shown: list[type[msgspec.Struct]] = [*events, refusal]
     if events:
         content["text/event-stream"] = {
@@ -67,14 +78,13 @@ def describe(
                 + ", ".join(one.__name__ for one in shown),
             }
         }
-    refusals = {401, 503} if request is None else set(_REFUSALS)
-    media_type = MEDIA_TYPE if refusal is Problem else "application/json"
+    usual = _WITHOUT_BODY if request is None else _WITH_BODY
     responses: dict[int, dict[str, Any]] = {
         status: {
             "description": _REFUSALS[status],
             "content": {media_type: {"schema": _ref(refusal)}},
         }
-        for status in sorted(refusals)
+        for status in sorted({*usual, *refusals})
     }
     described: dict[str, Any] = {"responses": {200: {"content": content}, **responses}}
     if request is not None:

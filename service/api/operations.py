@@ -67,7 +67,7 @@ def _version(package: str) -> str:
 def _info(context: ApiContext, versions: dict[str, str]) -> InfoAnswer:
     _, info = context.loaded()
     limits = asdict(context.limits)
-    del limits["api_key_hashes"]
+    del limits["api_keys"]
     return InfoAnswer(
         model=context.model_name,
         family=info.family,

@@ -116,6 +116,13 @@ class SamplingFields(RequestBody):
         description="After so many seconds the request ends with what it has. At most, and when "
         "absent, the server's limit.",
     )
+    detach_s: float = Field(
+        0.0,
+        ge=0,
+        le=300,
+        description="So long a stream lives on while no client reads it, to be resumed with GET "
+        "/generate/{id}; also after its end. 0: a client that goes away cancels it.",
+    )
 
     def has(self, field: str) -> bool:
         """Whether the client sent the field."""

@@ -15,7 +15,10 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from service.api.disconnect import until_disconnect
+from service.metrics import AbortReason
 
+# A server that closes a connection because its client takes nothing sets this in the scope.
+SLOW_READER = "vitrine.slow_reader"
 KEEP_ALIVE = b": keep-alive\n\n"
 _LINE_END = re.compile(rb"\r\n|\r|\n")
 _NOT_IN_A_LINE = re.compile(r"[\r\n\0]")
@@ -42,7 +45,8 @@ class EventStreamResponse(Response):
     """Sends what `next_chunk` gives until it gives None.
 
     `next_chunk` is called again only when the last chunk is out: a slow client slows its own
-    stream and nothing piles up here. It is cancelled when the client goes away.
+    stream and nothing piles up here. It is cancelled when the client goes away. `on_close` is
+    told why nobody reads any more; for an answer that is complete that means nothing.
     """
 
     media_type = "text/event-stream"
@@ -50,13 +54,14 @@ class EventStreamResponse(Response):
     def __init__(
         self,
         next_chunk: Callable[[], Awaitable[bytes | None]],
-        on_close: Callable[[], None],
+        on_close: Callable[[AbortReason], None],
         keep_alive_s: float,
     ) -> None:
         self._next_chunk = next_chunk
         self._on_close = on_close
         self._keep_alive_s = keep_alive_s
-        self._last_sent_s = 0.0  # the event loop's clock
+        self._clock = asyncio.get_running_loop().time
+        self._last_sent_s = self._clock()
         self._sending = asyncio.Lock()
         self._complete = False
         self.status_code = 200
@@ -72,7 +77,7 @@ class EventStreamResponse(Response):
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            self._on_close()
+            self._on_close("slow-reader" if scope.get(SLOW_READER) else "client-gone")
             for task in tasks:
                 task.cancel()
             ends = await asyncio.gather(*tasks, return_exceptions=True)
@@ -91,10 +96,8 @@ class EventStreamResponse(Response):
 
     async def _keep_alive(self, send: Send) -> None:
         """Say something whenever nothing was said for a while, so that proxies do not hang up."""
-        clock = asyncio.get_running_loop().time
-        self._last_sent_s = clock()
         while not self._complete:
-            wait_s = self._last_sent_s + self._keep_alive_s - clock()
+            wait_s = self._last_sent_s + self._keep_alive_s - self._clock()
             if wait_s > 0:
                 await asyncio.sleep(wait_s)
             elif self._sending.locked():  # a client that does not read needs no sign of life
@@ -107,4 +110,4 @@ class EventStreamResponse(Response):
     async def _send(self, send: Send, message: dict[str, object]) -> None:
         async with self._sending:
             await send(message)
-            self._last_sent_s = asyncio.get_running_loop().time()
+            self._last_sent_s = self._clock()

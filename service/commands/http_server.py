@@ -5,39 +5,91 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
 import uvicorn
 
 from service.api.app import create_app
-from service.api.limits import ApiLimits, api_key_hash
+from service.api.keys import ApiKey, KeyFileError, parse_keys
+from service.api.limits import ApiLimits
 from service.client import EngineClient
+from service.commands.connections import (
+    CHECK_S,
+    Connection,
+    SlowReaders,
+    bound_send_buffers,
+    cut,
+)
 from service.commands.loading import LoadedModel
+from service.metrics import Metrics
 from service.settings import Settings, SettingsError
 
 log = logging.getLogger("vitrine")
 
-# After the running requests are done or cancelled: time for their last bytes to leave.
-LAST_BYTES_S = 5
+# After the running requests are done or cancelled: time for their last bytes to leave. A client
+# that takes none of them is hung up on sooner.
+LAST_BYTES_S = 5.0
+LAST_SLOW_READER_S = 1.0
+BACKLOG = 4096  # connections that wait to be accepted; the kernel may have a lower limit
 BUNDLED_MODEL_NAME = "stories"
 
 
 class DrainingServer(uvicorn.Server):
     """On the first SIGTERM or Ctrl-C only `stop_asked` is set: the sockets stay open while
     running requests finish, so that /health/ready and new requests are told 503 rather than
-    refused a connection. A second signal ends the server at once."""
+    refused a connection. A second signal cuts the time they have short: what still runs ends
+    as cancelled, and then the server."""
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        client: EngineClient,
+        slow_reader_s: float,
+        on_slow_reader: Callable[[], None],
+    ) -> None:
         super().__init__(config)
+        self.slow_reader_s = slow_reader_s
+        self.slow_readers = SlowReaders(on_slow_reader)
         self.stop_asked = asyncio.Event()
+        self._client = client
         self._loop = asyncio.get_running_loop()
 
+    @property
+    def connections(self) -> list[Connection]:
+        """Those that are open."""
+        return list(self.server_state.connections)  # type: ignore[arg-type]
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        bound_send_buffers(one for server in self.servers for one in server.sockets)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # Signal handlers run between any two instructions; the events belong to the loop.
+        self._loop.call_soon_threadsafe(self._asked_to_stop)
+
+    def _asked_to_stop(self) -> None:
         if self.stop_asked.is_set():
-            self.force_exit = self.should_exit = True
-        # Signal handlers run between any two instructions; the event belongs to the loop.
-        self._loop.call_soon_threadsafe(self.stop_asked.set)
+            self._client.end_grace()
+        self.stop_asked.set()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # uvicorn would cancel the tasks of clients that do not read, each with a traceback in
+        # the log. To the app a connection that is cut is a client that went away: at once if it
+        # takes nothing, and at last if it takes too little.
+        self.slow_reader_s = min(self.slow_reader_s, LAST_SLOW_READER_S)
+        hang_up = self._loop.call_later(LAST_BYTES_S, self._hang_up)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            hang_up.cancel()
+
+    def _hang_up(self) -> None:
+        for connection in self.connections:
+            log.info("hanging up on a client that does not read")
+            cut(connection)
 
 
 def make_server(settings: Settings, client: EngineClient, model: LoadedModel) -> DrainingServer:
@@ -46,7 +98,10 @@ def make_server(settings: Settings, client: EngineClient, model: LoadedModel) ->
         max_body_bytes=settings.max_body_bytes,
         request_timeout_s=settings.request_timeout_s,
         keep_alive_s=settings.keep_alive_s,
-        api_key_hashes=read_api_keys(settings.api_key_file),
+        max_events_s=settings.max_events_s,
+        max_detachable=settings.max_detachable,
+        max_detach_bytes=settings.max_detach_bytes,
+        api_keys=read_api_keys(settings.api_key_file, settings.api_keys),
     )
     app = create_app(
         limits,
@@ -62,10 +117,18 @@ def make_server(settings: Settings, client: EngineClient, model: LoadedModel) ->
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=LAST_BYTES_S,
+        backlog=BACKLOG,
+        timeout_graceful_shutdown=int(2 * LAST_BYTES_S),
+        lifespan="off",  # what starts and ends with the server does so in serve.py
         timeout_keep_alive=75,
     )
-    return DrainingServer(config)
+    metrics: Metrics = app.state.context.metrics
+    server = DrainingServer(config, client, settings.slow_reader_s, metrics.slow_reader)
+    loop = asyncio.get_running_loop()
+    metrics.watch("journal_entries", "Sequences in the journal.", lambda: client.in_flight)
+    metrics.watch("http_connections", "Open connections.", lambda: len(server.connections))
+    metrics.watch("asyncio_tasks", "Tasks in the API.", lambda: len(asyncio.all_tasks(loop)))
+    return server
 
 
 def served_name(settings: Settings) -> str:
@@ -80,27 +143,35 @@ def served_name(settings: Settings) -> str:
     return Path(settings.model).resolve().name if is_directory else settings.model
 
 
-def read_api_keys(path: Path | None) -> tuple[bytes, ...]:
-    """Hashes of the keys in a file of one key a line, `key` or `name:key` (the name ends at
-    the first colon); blank lines and lines that begin with # do not count.
+def read_api_keys(path: Path | None, from_environment: str | None = None) -> tuple[ApiKey, ...]:
+    """The keys of a file, one a line, and of VITRINE_API_KEYS, separated by commas (both as
+    `service.api.keys.parse_keys` has it).
 
-    Raises `SettingsError` for a file that cannot be read or that holds no key: a server that
-    was told to ask for keys must not run without.
+    Raises `SettingsError` for a file that cannot be read, a line that holds no key, and for no
+    key at all: a server that was told to ask for keys must not run without.
     """
-    if path is None:
+    if path is None and from_environment is None:
         return ()
+    lines = [] if from_environment is None else from_environment.split(",")
+    where = "VITRINE_API_KEYS"
     try:
-        lines = [line.strip() for line in path.read_text().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"--api-key-file {path}: {error}") from None
-    keys = [
-        line.partition(":")[2] if ":" in line else line
-        for line in lines
-        if line and not line.startswith("#")
-    ]
-    if not keys or not all(keys):
-        raise SettingsError(f"--api-key-file {path} holds no key, or an empty one")
-    return tuple(api_key_hash(key) for key in keys)
+        keys = parse_keys(lines)
+        if path is not None:
+            where = f"--api-key-file {path}"
+            keys = parse_keys([*path.read_text().splitlines(), *lines])
+    except (OSError, UnicodeDecodeError, KeyFileError) as error:
+        raise SettingsError(f"{where}: {error}") from None
+    if not keys:
+        raise SettingsError(f"{where} holds no key")
+    return keys
+
+
+async def watch_connections(server: DrainingServer) -> None:
+    """Close those whose clients take nothing, until cancelled."""
+    clock = asyncio.get_running_loop().time
+    while True:
+        server.slow_readers.check(server.connections, clock(), server.slow_reader_s)
+        await asyncio.sleep(CHECK_S)
 
 
 async def end_in_order(server: DrainingServer, client: EngineClient, drain_s: float) -> None:

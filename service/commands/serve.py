@@ -26,6 +26,7 @@ def run(arguments: list[str]) -> int:
     client = EngineClient(
         max_in_flight=settings.max_num_seqs + settings.max_queue_requests,
         stall_s=settings.stall_s,
+        standby=settings.standby,
     )
     early = EarlySignals()
     # First of all: torch takes seconds to import, and does so while this process goes on.
@@ -40,9 +41,11 @@ def run(arguments: list[str]) -> int:
 
 
 async def _serve(settings: Settings, client: EngineClient, early: EarlySignals) -> None:
-    from service.commands.http_server import end_in_order, make_server
+    from service.commands.connections import raise_file_limit
+    from service.commands.http_server import end_in_order, make_server, watch_connections
     from service.commands.loading import LoadedModel
 
+    raise_file_limit()
     model = LoadedModel(settings, client)
     server = make_server(settings, client, model)
     early.forward = server.handle_exit
@@ -50,6 +53,7 @@ async def _serve(settings: Settings, client: EngineClient, early: EarlySignals) 
         server.stop_asked.set()
     tasks = [
         asyncio.create_task(model.load(), name="load-model"),
+        asyncio.create_task(watch_connections(server), name="watch-connections"),
         asyncio.create_task(end_in_order(server, client, settings.drain_s), name="end-server"),
     ]
     try:

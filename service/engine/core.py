@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from model.sampling import SampledTokens
 from service.engine.messages import EngineFinish, EngineStats, SequenceOutput, Submit, TokenLogprob
 from service.engine.profile import StepProfile
+from service.engine.recorder import Recorder
 from service.engine.runner import Runner
 from service.engine.scheduler import Scheduled, Scheduler
 from service.engine.sequence import Sequence
@@ -25,6 +26,7 @@ class EngineCore:
     runner: Runner
     sequences: dict[int, Sequence] = field(default_factory=dict)
     last_step: StepProfile = field(default_factory=StepProfile)
+    recorder: Recorder | None = None
     _refused: list[SequenceOutput] = field(default_factory=list)
     _steps: int = 0
     _prompt_tokens: int = 0
@@ -72,6 +74,8 @@ class EngineCore:
             if item.sequence.started_at is None:
                 item.sequence.started_at = began
         outputs += self._run(scheduled)
+        if self.recorder is not None:
+            self.recorder.end()
         self._steps += 1
         profile.step_s = time.monotonic() - began
         return outputs
@@ -112,15 +116,19 @@ class EngineCore:
         return self.scheduler.refusal(len(request.prompt_token_ids), request.sampling.max_tokens)
 
     def _run(self, scheduled: list[Scheduled]) -> list[SequenceOutput]:
-        """Forward and book. When the forward raises, each sequence runs alone, so that only
-        the one that is at fault ends with an error (law 6)."""
+        """Forward and book. When the forward raises, each half runs by itself, and so on, so
+        that only the sequence that is at fault ends with an error (law 6), and a step that did
+        not fit the memory runs in parts. Computing again what was computed changes nothing."""
         if not scheduled:
             return []
+        if self.recorder is not None:
+            self.recorder.begin([item.sequence.id for item in scheduled])
         try:
             sampled = self.runner.run(scheduled, self.last_step)
         except Exception as error:  # noqa: BLE001 - whatever it is, it must cost one sequence only
             if len(scheduled) > 1:
-                return [output for item in scheduled for output in self._run([item])]
+                middle = len(scheduled) // 2
+                return self._run(scheduled[:middle]) + self._run(scheduled[middle:])
             return [self._fail(scheduled[0].sequence, f"{type(error).__name__}: {error}")]
         return self._book(scheduled, sampled)
 

@@ -2,8 +2,9 @@
 
     python -m service.engine ENDPOINT
 
-It connects to the API's socket, takes one `EngineConfig`, answers `Ready` or `StartFailed`,
-and then steps while there is work. Standard input is a pipe whose other end the API process
+It connects to the API's socket, imports torch, takes one `EngineConfig` (which for a standby
+comes much later), answers `Ready` or `StartFailed`, and then steps while there is work. What
+ends it unasked is told as `Fatal`. Standard input is a pipe whose other end the API process
 holds: when it closes, the API is gone, however it died, and so is the engine.
 """
 
@@ -19,10 +20,12 @@ from typing import TYPE_CHECKING
 
 import zmq
 
+from service.engine.heartbeat import HEARTBEAT_S, Heartbeat
 from service.engine.messages import (
     MAX_MESSAGE_BYTES,
     Abort,
     EngineConfig,
+    Fatal,
     FromEngine,
     Ready,
     Shutdown,
@@ -30,14 +33,13 @@ from service.engine.messages import (
     StepOutput,
     Submit,
     ToEngine,
-    encoder,
+    encode,
     to_engine_decoder,
 )
+from service.engine.recorder import Recorder
 
 if TYPE_CHECKING:
     from service.engine.core import EngineCore
-
-HEARTBEAT_S = 1.0
 
 
 def main() -> int:
@@ -49,6 +51,9 @@ def main() -> int:
     socket = connect(context, sys.argv[1])
     try:
         serve(socket)
+    except BaseException as error:
+        send(socket, Fatal(type(error).__name__, str(error)))
+        raise
     finally:
         socket.close(linger=1000)
         context.term()
@@ -69,31 +74,46 @@ def connect(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.Socke
 
 def serve(socket: zmq.Socket[bytes]) -> None:
     """Start as told, then step until shut down."""
+    missing = import_libraries()
     config = receive(socket)
     if not isinstance(config, EngineConfig):
         raise TypeError(f"the first message must be EngineConfig, got {type(config).__name__}")
-    core = start(socket, config)
+    if missing:
+        send(socket, StartFailed(missing))
+        return
+    heartbeat = Heartbeat(lambda progress: send(socket, progress))
+    core = start(socket, config, heartbeat)
     if core is None:
         return
+    core.recorder = Recorder(_folder())
     while handle_messages(socket, core):
+        heartbeat.step_begins()
         outputs = core.step() if core.has_work else []
         if not core.has_work:
             core.scheduler.pool.check()
         send(socket, StepOutput(outputs, core.stats()))
 
 
-def start(socket: zmq.Socket[bytes], config: EngineConfig) -> EngineCore | None:
-    """Load the model and report; None when that failed (and was said)."""
-    # torch comes in here: whatever is wrong with it is reported, not lost.
+def import_libraries() -> str:
+    """torch and what needs it, most of the time that a start takes; what is wrong with them,
+    to be reported and not lost."""
     try:
-        from model.checkpoint import CheckpointError
-        from model.config import ConfigError
-        from service.engine.start import StartError, start_engine
+        import service.engine.start  # noqa: F401
     except ImportError as error:
-        send(socket, StartFailed(f"the engine's libraries cannot be imported: {error}"))
-        return None
+        return f"the engine's libraries cannot be imported: {error}"
+    return ""
+
+
+def start(
+    socket: zmq.Socket[bytes], config: EngineConfig, heartbeat: Heartbeat
+) -> EngineCore | None:
+    """Load the model and report; None when that failed (and was said)."""
+    from model.checkpoint import CheckpointError
+    from model.config import ConfigError
+    from service.engine.start import StartError, start_engine
+
     try:
-        core, info = start_engine(config, progress=sys.stderr.isatty())
+        core, info = start_engine(config, progress=sys.stderr.isatty(), heartbeat=heartbeat)
     except (StartError, CheckpointError, ConfigError, ValueError, MemoryError) as error:
         send(socket, StartFailed(str(error) or type(error).__name__))
         return None
@@ -126,8 +146,8 @@ def receive(socket: zmq.Socket[bytes]) -> ToEngine:
 
 
 def send(socket: zmq.Socket[bytes], message: FromEngine) -> None:
-    """Queue a message to the API process."""
-    socket.send(encoder.encode(message))
+    """Queue a message to the API process. Raises `MessageTooLargeError`."""
+    socket.send(encode(message))
 
 
 def _exit_with_parent() -> None:
@@ -135,5 +155,10 @@ def _exit_with_parent() -> None:
     folder, which the parent can no longer remove, goes with it."""
     while os.read(sys.stdin.fileno(), 4096):
         pass
-    shutil.rmtree(Path(sys.argv[1].removeprefix("ipc://")).parent, ignore_errors=True)
+    shutil.rmtree(_folder(), ignore_errors=True)
     os._exit(1)
+
+
+def _folder() -> Path:
+    """What the API process made for this life: the socket is in it, and the recorder."""
+    return Path(sys.argv[1].removeprefix("ipc://")).parent

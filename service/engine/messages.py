@@ -28,6 +28,8 @@ class EngineConfig(msgspec.Struct, frozen=True, tag=True):
     block_size: int = 32
     threads: int | None = None
     deterministic: bool = True
+    # (minimum, multiple) that an earlier engine of this server measured: not measured again.
+    row_padding: tuple[int, int] | None = None
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
@@ -78,6 +80,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     threads: int
     deterministic: bool
     attention_backend: str
+    row_padding: tuple[int, int] | None = None  # see EngineConfig; None: none holds
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -143,7 +146,38 @@ class StepOutput(msgspec.Struct, frozen=True, tag=True):
     stats: EngineStats
 
 
-FromEngine = Ready | StartFailed | StepOutput
+class Progress(msgspec.Struct, frozen=True, tag=True):
+    """The heartbeat between the layers of a long step, and between the parts of loading: sent
+    by the thread that does the work, so that it stops when the work does."""
+
+    step_tokens: int = 0  # computed by the step that runs; 0 while loading
+    running_s: float = 0.0  # since the step began
+
+
+class Fatal(msgspec.Struct, frozen=True, tag=True):
+    """Last words: the engine ends because of this exception."""
+
+    kind: str  # the exception's class
+    message: str
+
+
+FromEngine = Ready | StartFailed | StepOutput | Progress | Fatal
+
+
+class MessageTooLargeError(ValueError):
+    """A message over MAX_MESSAGE_BYTES; the other side would drop the connection."""
+
+
+def encode(message: ToEngine | FromEngine) -> bytes:
+    """The message's bytes. Raises `MessageTooLargeError`."""
+    data = encoder.encode(message)
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise MessageTooLargeError(
+            f"a {type(message).__name__} message of {len(data):,} bytes was to be sent; "
+            f"the limit is {MAX_MESSAGE_BYTES:,}"
+        )
+    return data
+
 
 encoder = msgspec.msgpack.Encoder()
 to_engine_decoder = msgspec.msgpack.Decoder(ToEngine)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -31,6 +33,8 @@ class Runner:
     # Rows of a step, and rows whose logits are wanted, are padded so that a row's result does
     # not depend on how many others there are (README, "The same tokens in any company").
     padding: RowPadding
+    # Called between layers with the step's number of tokens: a sign of life.
+    heartbeat: Callable[[int], None] | None = None
 
     @torch.inference_mode()
     def run(self, step: list[Scheduled], profile: StepProfile) -> SampledTokens:
@@ -44,7 +48,10 @@ class Runner:
         )
         built = time.monotonic()
         profile.build_s += built - began
-        logits = self.forward(batch)[: len(rows)]
+        heartbeat = None
+        if self.heartbeat is not None:
+            heartbeat = partial(self.heartbeat, batch.num_tokens)
+        logits = self.forward(batch, heartbeat)[: len(rows)]
         forwarded = time.monotonic()
         profile.forward_s += forwarded - built
         if not rows:

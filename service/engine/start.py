@@ -17,6 +17,7 @@ from model.select import Int8UnavailableError, select_forward
 from model.transformer import Transformer
 from service.engine.blocks import BlockPool
 from service.engine.core import EngineCore
+from service.engine.heartbeat import Heartbeat
 from service.engine.messages import EngineConfig, ModelInfo
 from service.engine.runner import Runner
 from service.engine.scheduler import Limits, Scheduler
@@ -79,8 +80,11 @@ def prepare(config: EngineConfig, trained_len: int) -> tuple[torch.device, int]:
     return device, max_model_len
 
 
-def start_engine(config: EngineConfig, *, progress: bool = False) -> tuple[EngineCore, ModelInfo]:
-    """Load the checkpoint and allocate the KV cache.
+def start_engine(
+    config: EngineConfig, *, progress: bool = False, heartbeat: Heartbeat | None = None
+) -> tuple[EngineCore, ModelInfo]:
+    """Load the checkpoint and allocate the KV cache. `heartbeat` is called between tensors,
+    and later between the layers of a step.
 
     Raises `StartError` or `model.checkpoint.CheckpointError` with words for the operator.
     """
@@ -93,12 +97,20 @@ def start_engine(config: EngineConfig, *, progress: bool = False) -> tuple[Engin
         dtype=choose_dtype(config.dtype, device),
         max_positions=max_model_len,
         progress=progress,
+        after_tensor=heartbeat,
     )
-    return assemble(checkpoint.model, checkpoint.eos_token_ids, config, began=began)
+    return assemble(
+        checkpoint.model, checkpoint.eos_token_ids, config, began=began, heartbeat=heartbeat
+    )
 
 
 def assemble(
-    model: Transformer, eos_token_ids: tuple[int, ...], config: EngineConfig, *, began: float
+    model: Transformer,
+    eos_token_ids: tuple[int, ...],
+    config: EngineConfig,
+    *,
+    began: float,
+    heartbeat: Heartbeat | None = None,
 ) -> tuple[EngineCore, ModelInfo]:
     """The engine around a model that is on its device: kernels, padding, KV cache, books.
 
@@ -117,7 +129,11 @@ def assemble(
     )
     try:
         selection = select_forward(
-            model, cache, deterministic=config.deterministic, int8=config.dtype == "int8"
+            model,
+            cache,
+            deterministic=config.deterministic,
+            int8=config.dtype == "int8",
+            padding=None if config.row_padding is None else RowPadding(*config.row_padding),
         )
     except Int8UnavailableError as error:
         raise StartError(f"dtype int8 cannot be served here: {error}") from error
@@ -133,6 +149,7 @@ def assemble(
             eos_token_ids,
             device,
             padding=selection.padding or RowPadding(),
+            heartbeat=heartbeat,
         ),
     )
     info = ModelInfo(
@@ -157,6 +174,11 @@ def assemble(
         threads=torch.get_num_threads(),
         deterministic=config.deterministic and selection.padding is not None,
         attention_backend=selection.name,
+        row_padding=(
+            None
+            if selection.padding is None
+            else (selection.padding.minimum, selection.padding.multiple)
+        ),
     )
     return core, info
 

@@ -20,6 +20,7 @@ class Exchange:
         body: Any = None,
         path: str = "/generate",
         headers: dict[str, str] | None = None,
+        method: str = "POST",
     ) -> None:
         data = b"" if body is None else json.dumps(body).encode()
         headers = {"content-type": "application/json", **(headers or {})}
@@ -27,7 +28,7 @@ class Exchange:
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.4"},
             "http_version": "1.1",
-            "method": "POST",
+            "method": method,
             "scheme": "http",
             "path": path,
             "raw_path": path.encode(),

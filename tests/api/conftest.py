@@ -82,20 +82,22 @@ class House:
             yield client
 
     def counts(self) -> dict[str, float]:
-        """All counters and gauges, by name and labels."""
-        return {
-            sample.name.removeprefix("vitrine_")
-            + "".join(f":{v}" for v in sample.labels.values()): (sample.value)
-            for family in self.context.metrics.registry.collect()
-            for sample in family.samples
-            if not sample.name.endswith("_created")
-        }
+        """All counters and gauges, by name and labels, and by name alone added up."""
+        counts: dict[str, float] = {}
+        for family in self.context.metrics.registry.collect():
+            for sample in family.samples:
+                name = sample.name.removeprefix("vitrine_")
+                for value in ["", *[f":{v}" for v in sample.labels.values()]]:
+                    counts[name + value] = counts.get(name + value, 0) + sample.value
+        return counts
 
     def check_balance(self) -> None:
         """Law 1: accepted = finished + aborted + failed + in flight."""
         counts = self.counts()
-        finished = sum(v for k, v in counts.items() if k.startswith("requests_finished_total"))
-        ended = finished + counts["requests_aborted_total"] + counts["requests_failed_total"]
+        ended = sum(
+            counts.get(f"requests_{outcome}_total", 0)
+            for outcome in ("finished", "aborted", "failed")
+        )
         assert counts["requests_accepted_total"] == ended + counts["requests_in_flight"]
         assert counts["requests_in_flight"] == len(self.context.generations)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from service.client import EngineState
 from service.engine.messages import EngineStats, ModelInfo, SequenceOutput, TokenLogprob
+from service.health import EngineHealth
 from service.journal import SequenceRequest
 
 CONTEXT_LENGTH = 256
@@ -48,7 +49,7 @@ class FakeStream:
     num_reads: int = 0
     _pending: SequenceOutput | Exception | None = None
     taken: asyncio.Event = field(default_factory=asyncio.Event)  # or nobody will take it
-    _ready: asyncio.Event = field(default_factory=asyncio.Event)
+    _news: asyncio.Event | None = None
 
     def give(
         self,
@@ -81,21 +82,28 @@ class FakeStream:
             queue_s=queue_s,
             prefill_s=prefill_s,
         )
-        self._ready.set()
+        self._tell()
 
     def fail(self, error: Exception) -> None:
         self._pending = error
-        self._ready.set()
+        self._tell()
 
-    async def next(self) -> SequenceOutput:
-        self.num_reads += 1
-        await self._ready.wait()
+    def _tell(self) -> None:
+        if self._news is not None:
+            self._news.set()
+
+    def notify(self, news: asyncio.Event) -> None:
+        self._news = news
+        if self._pending is not None:
+            news.set()
+
+    def take(self) -> SequenceOutput | None:
         output, self._pending = self._pending, None
-        self._ready.clear()
-        self.taken.set()
+        if output is not None:
+            self.num_reads += 1
+            self.taken.set()
         if isinstance(output, Exception):
             raise output
-        assert output is not None
         return output
 
     def cancel(self) -> None:
@@ -142,6 +150,10 @@ class FakeEngine:
         self.refuse: Exception | None = None
         self.streams: list[FakeStream] = []
         self.requests: list[SequenceRequest] = []
+
+    @property
+    def health(self) -> EngineHealth:
+        return EngineHealth(self.state)
 
     def submit(self, requests: list[SequenceRequest], timeout_s: float) -> list[FakeStream]:
         if self.refuse is not None:

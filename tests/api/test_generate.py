@@ -331,16 +331,64 @@ async def test_the_deadline_ends_it_with_what_it_has(house: Houses) -> None:
         assert h.counts()["requests_finished_total:timeout"] == 1
 
 
-async def test_the_deadline_frees_the_engine_though_the_client_does_not_read(
-    house: Houses,
-) -> None:
+async def test_with_many_streams_tokens_share_events(house: Houses) -> None:
+    """The first goes out at once; after it they wait a little for each other."""
+    h = house(max_events_s=60)  # three sequences run, says the engine: 0.05 s
+    exchange = h.exchange({"prompt": "a"})
+    await exchange.until_events(1)
+    [stream] = h.engine.streams
+    began = time.monotonic()
+    stream.give(49)
+    await exchange.until_events(2)
+    for token_id in range(50, 70):
+        stream.give(token_id)
+        await asyncio.sleep(0)
+    stream.give(finish="length")
+    events = await exchange.finish()
+    assert time.monotonic() - began >= 0.05
+    check_stream(events, events[0].json["id"])
+    assert [t["token_ids"] for t in of_type(events, "token")] == [[49], [*range(50, 70)]]
+
+
+async def test_a_client_that_leaves_while_its_tokens_wait_cancels(house: Houses) -> None:
+    h = house(max_events_s=60)
+    exchange = h.exchange({"prompt": "a"})
+    await exchange.until_events(1)
+    [stream] = h.engine.streams
+    stream.give(49)
+    await exchange.until_events(2)
+    stream.give(50)
+    exchange.disconnect()
+    await exchange.finish()
+    assert stream.cancelled
+    assert h.counts()["requests_aborted_total:client-gone"] == 1
+    h.check_balance()
+
+
+@pytest.mark.parametrize("n", [1, 2])
+async def test_the_deadline_ends_it_though_the_client_does_not_read(house: Houses, n: int) -> None:
+    """It ends at once, and with every token that had come, sent or not."""
     h = house()
-    exchange = h.exchange({"prompt": "a", "timeout_s": 0.05})
+    exchange = h.exchange({"prompt": "a", "timeout_s": 0.2, "n": n})
+    await exchange.until_events(1)
     exchange.may_send.clear()
-    await exchange.until(lambda: h.engine.streams and h.engine.streams[0].cancelled)
+    for token_id in range(50, 80):
+        for stream in h.engine.streams:
+            stream.give(token_id)
+        await asyncio.sleep(0.001)
+    await exchange.until(lambda: all(stream.cancelled for stream in h.engine.streams))
+    assert h.counts()["requests_finished_total:timeout"] == 1
+    assert len(h.context.generations) == 0
     exchange.may_send.set()
     events = await exchange.finish()
-    assert events[-1].json["finish_reason"] == "timeout"
+    check_stream(events, events[0].json["id"])
+    for index in range(n):
+        tokens = of_type(events, "token", index)
+        assert [i for token in tokens for i in token["token_ids"]] == [*range(50, 80)]
+        [done] = of_type(events, "done", index)
+        assert done["finish_reason"] == "timeout"
+        assert done["text"] == h.tokenizer.decode([*range(50, 80)])
+    h.check_balance()
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -66,13 +66,13 @@ async def test_while_loading(house: Houses, missing: str) -> None:
 
 
 async def test_info(house: Houses) -> None:
-    async with house(api_key_hashes=()).client() as client:
+    async with house().client() as client:
         info = (await client.get("/info")).json()
     assert info["model"] == "case"
     assert info["parameters"] == INFO.num_parameters
     assert info["kv_cache"] == {"tokens": 1024, "bytes": 65536, "blocks": 64, "block_size": 16}
     assert info["limits"]["max_body_bytes"] == 4 * 2**20
-    assert "api_key_hashes" not in info["limits"]
+    assert "api_keys" not in info["limits"]
     assert {"python", "torch", "vitrine", "tokenizers"} <= set(info["versions"])
 
 

@@ -81,14 +81,14 @@ def test_a_client_that_never_reads_and_goes_away_cancels(house: Houses) -> None:
     """The buffers fill up and `send` blocks; the disconnect must still be noticed."""
 
     def flood(stream: FakeStream) -> None:
-        original = stream.next
+        original = stream.take
 
-        async def endless() -> Any:
-            await asyncio.sleep(0)  # as the real one: outputs come through the event loop
-            stream.give(*([65] * 2_000))
-            return await original()
+        def endless() -> Any:
+            asyncio.get_running_loop().call_soon(lambda: stream.give(*([65] * 2_000)))
+            return original()
 
-        stream.next = endless  # type: ignore[method-assign]
+        stream.take = endless  # type: ignore[method-assign]
+        stream.give(65)
 
     h = house(flood)
     with served(h) as address:

@@ -58,6 +58,7 @@ class Source:
         self.chunks = chunks
         self.wait_after = wait_after
         self.closed = 0
+        self.reason = ""
         self.cancelled = False
 
     async def next_chunk(self) -> bytes | None:
@@ -71,8 +72,9 @@ class Source:
                 raise
         return None
 
-    def close(self) -> None:
+    def close(self, reason: str) -> None:
         self.closed += 1
+        self.reason = reason
 
     def response(self, keep_alive_s: float = 15.0) -> EventStreamResponse:
         return EventStreamResponse(self.next_chunk, self.close, keep_alive_s)
@@ -129,15 +131,15 @@ async def test_a_server_that_reports_the_disconnect_by_an_oserror() -> None:
 
 
 async def test_a_failing_source_closes_and_is_not_hidden() -> None:
-    closed = []
+    closed: list[str] = []
 
     async def broken() -> bytes | None:
         raise RuntimeError("broken source")
 
-    exchange = Exchange(EventStreamResponse(broken, lambda: closed.append(1), 15))
+    exchange = Exchange(EventStreamResponse(broken, closed.append, 15))
     with pytest.raises(RuntimeError, match="broken source"):
         await exchange.finish()
-    assert closed == [1]
+    assert closed == ["client-gone"]
 
 
 async def test_a_cancelled_response_closes() -> None:
@@ -169,7 +171,7 @@ async def test_no_keep_alive_between_events_that_come() -> None:
         await asyncio.sleep(0.01)
         return chunks.pop() if chunks else None
 
-    exchange = Exchange(EventStreamResponse(next_chunk, lambda: None, 0.5))
+    exchange = Exchange(EventStreamResponse(next_chunk, lambda _: None, 0.5))
     assert len(await exchange.finish()) == 10
     assert exchange.comments == []
 

@@ -20,8 +20,8 @@ from service.engine.core import EngineCore
 from service.engine.messages import Submit
 from tests.engine.engines import (
     EOS,
-    TINY_GPT2,
     TINY_COMPILED,
+    TINY_GPT2,
     VOCAB_SIZE,
     Result,
     collect,

@@ -27,6 +27,7 @@ from service.engine.messages import (
     encoder,
     to_engine_decoder,
 )
+from service.in_flight import NOT_KNOWN
 from service.journal import JournalEntry, SequenceRequest
 
 INFO = ModelInfo(
@@ -60,7 +61,8 @@ class PlayedEngine:
     def __init__(self, max_in_flight: int = 8) -> None:
         self.client = EngineClient(max_in_flight=max_in_flight, stall_s=30.0)
         self.inbox: list[Submit | Abort] = []
-        self.client._socket = self  # type: ignore[assignment]
+        self.supervisor = self.client._supervisor
+        self.supervisor._socket = self  # type: ignore[assignment]
 
     def send(self, data: bytes) -> None:
         message = to_engine_decoder.decode(data)
@@ -74,16 +76,15 @@ class PlayedEngine:
         return ids
 
     def starts(self) -> None:
-        self.client._handle(encoder.encode(Ready(INFO)))
+        self.supervisor._handle(encoder.encode(Ready(INFO)))
 
     def dies(self) -> None:
-        self.client._ready = False
-        self.client.restarts += 1
-        self.client._count_deaths()
+        self.supervisor.phase = "restarting"
+        self.client.engine_lost(NOT_KNOWN)
         self.inbox.clear()
 
     def says(self, *outputs: SequenceOutput) -> None:
-        self.client._handle(encoder.encode(StepOutput(list(outputs), EngineStats())))
+        self.supervisor._handle(encoder.encode(StepOutput(list(outputs), EngineStats())))
 
     def submit(self, count: int = 1, timeout_s: float = 60.0) -> list[JournalEntry]:
         request = SequenceRequest([1, 2, 3], SamplingParams(max_tokens=9, seed=5))
@@ -110,7 +111,7 @@ async def test_a_sequence_goes_on_with_the_tokens_it_has(engine: PlayedEngine) -
     assert (again.prompt_token_ids, again.output_token_ids) == ([1, 2, 3], [7, 8])
     assert again.sampling.seed == 5
     engine.says(SequenceOutput(entry.id, [9], finish_reason="length"))
-    output = await entry.next()
+    output = entry.take()
     assert (output.token_ids, output.finish_reason) == ([7, 8, 9], "length")
     assert engine.client.in_flight == 0
 
@@ -127,14 +128,14 @@ async def test_only_the_request_that_kills_engines_fails(engine: PlayedEngine) -
     engine.says(SequenceOutput(first.id, [7]))
     assert engine.take() == [killer.id]
     engine.dies()
-    assert (await killer.next()).finish_reason == "error"
+    assert killer.take().finish_reason == "error"
     engine.starts()
     assert engine.take() == [third.id], "still a suspect, still alone"
     engine.says(SequenceOutput(third.id, [7]))
     assert engine.take() == [first.id]
     for entry in (first, third):
         engine.says(SequenceOutput(entry.id, [8], finish_reason="length"))
-        assert (await entry.next()).finish_reason == "length"
+        assert entry.take().finish_reason == "length"
 
 
 async def test_engines_that_die_while_loading_blame_nobody(engine: PlayedEngine) -> None:
@@ -145,7 +146,7 @@ async def test_engines_that_die_while_loading_blame_nobody(engine: PlayedEngine)
     engine.starts()
     assert engine.take() == [entry.id]
     engine.says(SequenceOutput(entry.id, [7], finish_reason="length"))
-    assert (await entry.next()).finish_reason == "length"
+    assert entry.take().finish_reason == "length"
 
 
 async def test_a_suspect_that_is_cancelled_lets_the_next_one_go(engine: PlayedEngine) -> None:
@@ -183,8 +184,8 @@ async def test_cancelling_tells_the_engine_once(engine: PlayedEngine) -> None:
 async def test_a_replacement_that_takes_longer_than_the_request_may_is_a_503(
     engine: PlayedEngine,
 ) -> None:
-    engine.client._start_s = 20.0
-    engine.client._began_at = asyncio.get_running_loop().time()
+    engine.supervisor._start_s = 20.0
+    engine.supervisor._began_at = asyncio.get_running_loop().time()
     engine.dies()
     with pytest.raises(EngineUnavailableError, match="being replaced") as refused:
         engine.submit(timeout_s=5.0)
@@ -216,7 +217,7 @@ async def test_what_drains_too_long_ends_as_cancelled(engine: PlayedEngine) -> N
     (entry,) = engine.submit()
     engine.says(SequenceOutput(entry.id, [7]))
     await engine.client.drain(grace_s=0.01)
-    output = await entry.next()
+    output = entry.take()
     assert (output.token_ids, output.finish_reason) == ([7], "cancelled")
     assert isinstance(engine.inbox[-1], Abort)
     with pytest.raises(EngineUnavailableError, match="shutting down"):

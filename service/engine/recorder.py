@@ -1,0 +1,53 @@
+"""The flight recorder: which sequences the step that runs computes, readable after a crash.
+
+A small file beside the socket, mapped into the engine's memory: writing costs a microsecond
+and no message, and what was written outlives the process. The API reads it when an engine
+died, so that only the sequences of the fatal step are held to account.
+
+Layout, native 8-byte integers: number of ids (0: no step runs), then the ids.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+FILE_NAME = "step"
+MAX_IDS = 4096  # the highest --max-num-seqs
+_NUMBER = struct.Struct("=q")
+
+
+def create(folder: Path) -> None:
+    """An empty record."""
+    with (folder / FILE_NAME).open("wb") as file:
+        file.truncate(_NUMBER.size * (1 + MAX_IDS))
+
+
+def read(folder: Path) -> frozenset[int]:
+    """Ids of the step that ran at the end; empty when none did, or nothing was recorded."""
+    try:
+        data = (folder / FILE_NAME).read_bytes()
+    except FileNotFoundError:
+        return frozenset()
+    (count,) = _NUMBER.unpack_from(data)
+    return frozenset(struct.unpack_from(f"={count}q", data, _NUMBER.size))
+
+
+class Recorder:
+    """The engine's end."""
+
+    def __init__(self, folder: Path) -> None:
+        with (folder / FILE_NAME).open("r+b") as file:
+            self._map = mmap.mmap(file.fileno(), 0)
+
+    def begin(self, ids: Sequence[int]) -> None:
+        """These are computed from now on."""
+        self.end()  # a kill between the two writes finds no step rather than a wrong one
+        struct.pack_into(f"={len(ids)}q", self._map, _NUMBER.size, *ids)
+        _NUMBER.pack_into(self._map, 0, len(ids))
+
+    def end(self) -> None:
+        """Nothing is computed."""
+        _NUMBER.pack_into(self._map, 0, 0)

@@ -1,0 +1,64 @@
+"""The real engine, at fault with one prompt: `POISON=FAULT python -m tests.poisoned_engine`.
+
+The forward of a step in which a sequence begins with POISONED_PROMPT raises, runs out of memory,
+aborts the process or hangs. `tests.poisoned_server` is a server with this engine.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import NoReturn
+
+from model.sampling import SampledTokens
+from service.engine import loop
+from service.engine.profile import StepProfile
+from service.engine.runner import Runner
+from service.engine.scheduler import Scheduled
+
+POISONED_PROMPT = [7, 7, 7, 7]
+
+
+def raise_error() -> NoReturn:
+    raise RuntimeError("poisoned: see /somewhere/secret.py")
+
+
+def out_of_memory() -> NoReturn:
+    raise MemoryError
+
+
+def hang() -> NoReturn:
+    while True:
+        time.sleep(60)
+
+
+def leave() -> NoReturn:
+    os._exit(3)
+
+
+FAULTS = {
+    "raise": raise_error,
+    "memory": out_of_memory,
+    "abort": os.abort,
+    "exit": leave,
+    "hang": hang,
+}
+
+
+def poisoned(fault: str) -> None:
+    """Put the fault into every runner of this process."""
+    healthy = Runner.run
+
+    def run(self: Runner, step: list[Scheduled], profile: StepProfile) -> SampledTokens:
+        for item in step:
+            if item.sequence.token_ids[: len(POISONED_PROMPT)] == POISONED_PROMPT:
+                FAULTS[fault]()
+        return healthy(self, step, profile)
+
+    Runner.run = run  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    poisoned(os.environ["POISON"])
+    sys.exit(loop.main())
