@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import socket
 import threading
@@ -248,6 +249,20 @@ def test_a_dead_standby_is_not_called_upon(tmp_path: Path) -> None:
         standby.kill()
         engine.kill()
         wait_for(server, RESTARTS, 1)
+        server.wait_ready()
+        assert read(server, bodies(1, max_tokens=5)[0])[0] == "length"
+
+
+def test_a_standby_whose_folder_was_swept_away_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with running_server(tmp_path, *THREADS) as server:
+        engine, _ = wait_for_engines(server, 2)
+        for folder in tmp_path.glob("vitrine-*"):
+            shutil.rmtree(folder)
+        engine.kill()
+        wait_for(server, RESTARTS, 2)
         server.wait_ready()
         assert read(server, bodies(1, max_tokens=5)[0])[0] == "length"
 
