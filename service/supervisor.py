@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import msgspec
+import zmq
 import zmq.asyncio
 
 from service.engine.messages import (
@@ -211,9 +212,10 @@ class Supervisor:
         self._ready_at, self._computed, self._last_words = None, False, None
         try:
             engine = self._engine = await self._next_engine()
-        except OSError as error:
+            # A standby's folder may have been swept away with other old files.
+            socket = self._socket = engine.bind()
+        except (OSError, zmq.ZMQError) as error:
             return Death("start", "could not be started", str(error))
-        socket = self._socket = engine.bind()
         self._heard_at = time.monotonic()
         socket.send(encode(config))
         while True:

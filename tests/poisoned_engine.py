@@ -1,7 +1,8 @@
 """The real engine, at fault with one prompt: `POISON=FAULT python -m tests.poisoned_engine`.
 
 The forward of a step in which a sequence begins with POISONED_PROMPT raises, runs out of memory,
-aborts the process or hangs. `tests.poisoned_server` is a server with this engine.
+aborts the process, leaves it, hangs, or takes LAYER_S for each layer; with `unborn` the process
+dies whenever it is to load the model. `tests.poisoned_server` is a server with this engine.
 """
 
 from __future__ import annotations
@@ -9,15 +10,20 @@ from __future__ import annotations
 import os
 import sys
 import time
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from torch import Tensor
 
 from model.sampling import SampledTokens
+from model.transformer import Block
 from service.engine import loop
 from service.engine.profile import StepProfile
 from service.engine.runner import Runner
 from service.engine.scheduler import Scheduled
 
 POISONED_PROMPT = [7, 7, 7, 7]
+LAYER_S = 0.8
 
 
 def raise_error() -> NoReturn:
@@ -37,17 +43,31 @@ def leave() -> NoReturn:
     os._exit(3)
 
 
-FAULTS = {
+def slow() -> None:
+    healthy = Block.forward
+
+    def forward(self: Block, *inputs: Any) -> Tensor:
+        time.sleep(LAYER_S)
+        return healthy(self, *inputs)
+
+    Block.forward = forward  # type: ignore[method-assign]
+
+
+FAULTS: dict[str, Callable[[], None]] = {
     "raise": raise_error,
     "memory": out_of_memory,
     "abort": os.abort,
     "exit": leave,
     "hang": hang,
+    "slow": slow,
 }
 
 
 def poisoned(fault: str) -> None:
     """Put the fault into every runner of this process."""
+    if fault == "unborn":
+        loop.start = lambda *_: os.abort()
+        return
     healthy = Runner.run
 
     def run(self: Runner, step: list[Scheduled], profile: StepProfile) -> SampledTokens:

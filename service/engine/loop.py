@@ -117,6 +117,10 @@ def start(
     except (StartError, CheckpointError, ConfigError, ValueError, MemoryError) as error:
         send(socket, StartFailed(str(error) or type(error).__name__))
         return None
+    except RuntimeError as error:  # torch's way to say that memory does not suffice, and more
+        first_line = str(error).partition("\n")[0]
+        send(socket, StartFailed(f"loading failed: {type(error).__name__}: {first_line}"))
+        return None
     send(socket, Ready(info))
     return core
 

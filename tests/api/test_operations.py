@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_pro
 
 from service.api.app import create_app
 from service.api.limits import ApiLimits
+from service.health import STATES
 from tests.api.fake_engine import INFO, VOCAB_SIZE, FakeEngine, say
 
 Houses = Callable[..., Any]
@@ -29,7 +30,7 @@ async def test_ready_when_the_engine_can_take_a_request(house: Houses, state: An
             assert (response.status_code, response.json()) == (200, {"status": status})
 
 
-@pytest.mark.parametrize("state", ["starting", "stalled", "restarting", "draining", "failed"])
+@pytest.mark.parametrize("state", [state for state in STATES if state not in ("idle", "busy")])
 async def test_not_ready_says_why(house: Houses, state: Any) -> None:
     h = house()
     h.engine.state, h.engine.state_reason = state, "for this reason"
@@ -104,6 +105,9 @@ async def test_metrics_add_up_and_parse(house: Houses) -> None:
         assert samples["vitrine_generated_tokens_total",] == 2
         assert samples["vitrine_engine_sequences_running",] == 3
         assert samples["vitrine_kv_blocks", "free"] == 60
+        states = {key[1]: value for key, value in samples.items() if "engine_state" in key[0]}
+        assert states == {state: float(state == "idle") for state in STATES}
+        assert samples["vitrine_engine_restarts_total", "stall"] == 0
 
 
 def test_two_apps_have_their_own_metrics() -> None:

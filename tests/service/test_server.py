@@ -165,6 +165,7 @@ def gauge(server: Server, name: str) -> float:
         (["--max-model-len", "0"], "--max-model-len '0'"),
         (["--max-batched-tokens", "8"], "--max-batched-tokens 8 is less than --max-num-seqs 64"),
         (["--kv-cache-gb", "0.000001"], "does not hold one block"),
+        (["--kv-cache-gb", "4000000"], "allocate"),
     ],
 )
 def test_what_cannot_start_says_so_in_one_line(

@@ -1,0 +1,56 @@
+"""A forward that raises: only the sequence at fault ends (law 6)."""
+
+from __future__ import annotations
+
+from unittest.mock import patch
+
+import torch
+
+from model.sampling import SampledTokens
+from service.engine.profile import StepProfile
+from service.engine.runner import Runner
+from service.engine.scheduler import Scheduled
+from tests.engine.engines import make_core, random_model, run_all, submit
+
+POISON = 13
+
+
+def prompts() -> list[list[int]]:
+    return [[POISON if i == 5 else 20 + i, 3, 4] for i in range(12)]
+
+
+def test_the_guilty_sequence_is_found_by_halves_and_the_others_keep_their_bits() -> None:
+    model = random_model()
+    requests = [submit(i, prompt, max_tokens=6, seed=i) for i, prompt in enumerate(prompts())]
+    expected = run_all(make_core(model), [r for r in requests if r.id != 5])
+    healthy, sizes = Runner.run, []
+
+    def run(self: Runner, step: list[Scheduled], profile: StepProfile) -> SampledTokens:
+        sizes.append(len(step))
+        healthy(self, step, profile)  # the cache is written before it goes wrong
+        if any(item.sequence.token_ids[0] == POISON for item in step):
+            raise torch.OutOfMemoryError("no memory for this one")
+        return healthy(self, step, profile)
+
+    with patch.object(Runner, "run", run):
+        results = run_all(make_core(model), requests)
+    guilty = results.pop(5)
+    assert (guilty.finish_reason, guilty.token_ids) == ("error", [])
+    assert "no memory for this one" in str(guilty.error)
+    assert results == expected
+    assert sizes[:9] == [12, 6, 3, 3, 1, 2, 1, 1, 6], "halves, not one by one"
+
+
+def test_a_step_that_does_not_fit_the_memory_runs_in_parts() -> None:
+    model = random_model()
+    requests = [submit(i, prompt, max_tokens=6, seed=i) for i, prompt in enumerate(prompts())]
+    expected = run_all(make_core(model), requests)
+    healthy = Runner.run
+
+    def run(self: Runner, step: list[Scheduled], profile: StepProfile) -> SampledTokens:
+        if len(step) > 4:
+            raise MemoryError
+        return healthy(self, step, profile)
+
+    with patch.object(Runner, "run", run):
+        assert run_all(make_core(model), requests) == expected
