@@ -16,12 +16,12 @@ import contextlib
 import itertools
 import logging
 import time
-from collections import deque
 from typing import Literal, Protocol
 
 import msgspec
 import zmq.asyncio
 
+from service.backlog import Backlog
 from service.engine.messages import (
     Abort,
     EngineConfig,
@@ -104,9 +104,12 @@ class Engine(Protocol):
 class EngineClient:
     """Owns the engine process: starts it, replaces it when it dies or stalls, ends it."""
 
-    def __init__(self, *, max_in_flight: int, stall_s: float) -> None:
+    def __init__(
+        self, *, max_in_flight: int, stall_s: float, max_queue_tokens: int | None = None
+    ) -> None:
         self.max_in_flight = max_in_flight
         self.stall_s = stall_s
+        self.max_queue_tokens = max_queue_tokens
         self.restarts = 0
         self._ids = itertools.count(1)
         self._journal: dict[int, JournalEntry] = {}
@@ -123,7 +126,7 @@ class EngineClient:
         self._began_at = time.monotonic()  # this engine, or the wait for it
         self._start_s = 0.0  # what the last engine took from there to its first word
         self._supervisor: asyncio.Task[None] | None = None
-        self._finishes: deque[float] = deque(maxlen=32)  # when the latest sequences ended
+        self._backlog = Backlog()
         self.failed = asyncio.Event()  # set when the engine cannot start at all
 
     @property
@@ -176,6 +179,7 @@ class EngineClient:
         entries = [JournalEntry(next(self._ids), request, self._drop) for request in requests]
         for entry in entries:
             self._journal[entry.id] = entry
+            self._backlog.add(entry.id, _num_tokens(entry.request))
             self._nothing_in_flight.clear()
         self._send_due()
         return list(entries)
@@ -245,7 +249,19 @@ class EngineClient:
             excess = self.in_flight + len(requests) - self.max_in_flight
             raise QueueFullError(
                 f"{self.in_flight} requests are in flight; the limit is {self.max_in_flight}",
-                retry_after_s=self._drain_time_s(excess),
+                retry_after_s=self._backlog.time_for_requests(excess),
+            )
+        self._admit_tokens(sum(_num_tokens(request) for request in requests))
+
+    def _admit_tokens(self, num_tokens: int) -> None:
+        """Bound the work that waits; a queue that is empty takes whatever fits the model."""
+        waiting, limit = self._backlog.num_waiting_tokens, self.max_queue_tokens
+        excess = 0 if limit is None else waiting + num_tokens - limit
+        if waiting and excess > 0:
+            raise QueueFullError(
+                f"{waiting} tokens wait for their first step and this request has {num_tokens} "
+                f"with its max_tokens; the limit is {limit}",
+                retry_after_s=self._backlog.time_for_tokens(min(waiting, excess)),
             )
 
     def _replacement_wait_s(self) -> float:
@@ -255,15 +271,6 @@ class EngineClient:
         if self._ready:  # stalled: it is given up first
             return max(0.0, self.stall_s - self.heartbeat_age_s) + self._start_s
         return max(0.0, self._start_s - (time.monotonic() - self._began_at))
-
-    def _drain_time_s(self, count: int) -> float:
-        """How long the rate of finishing of the last minute takes to finish `count` more:
-        1 .. 60 s."""
-        now = time.monotonic()
-        recent = [at for at in self._finishes if now - at < 60.0]
-        if len(recent) < 2:
-            return 1.0
-        return min(60.0, max(1.0, count * (now - recent[0]) / len(recent)))
 
     def _drop(self, entry: JournalEntry) -> None:
         if self._forget(entry):
@@ -275,6 +282,8 @@ class EngineClient:
     def _forget(self, entry: JournalEntry) -> bool:
         """Take an ended sequence out of the journal; False when it was not in it."""
         was_there = self._journal.pop(entry.id, None) is not None
+        if was_there:
+            self._backlog.ended(entry.id)
         if not self._journal:
             self._nothing_in_flight.set()
         return was_there
@@ -366,9 +375,10 @@ class EngineClient:
         was_suspect = entry.deaths >= SUSPECT_DEATHS
         entry.deaths = 0
         entry.receive(output)
+        if output.token_ids:
+            self._backlog.started(entry.id)
         if output.finish_reason is not None:
             self._forget(entry)
-            self._finishes.append(time.monotonic())
         if was_suspect:
             self._send_due()
 
@@ -396,6 +406,11 @@ class EngineClient:
         if self._socket is not None:
             self._socket.close()
             self._socket = None
+
+
+def _num_tokens(request: SequenceRequest) -> int:
+    """What a sequence may take at most."""
+    return len(request.prompt_token_ids) + request.sampling.max_tokens
 
 
 def _check_fits(request: SequenceRequest, info: ModelInfo) -> None:

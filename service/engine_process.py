@@ -34,6 +34,7 @@ class EngineProcess:
             folder.rmdir()
             folder = Path(tempfile.mkdtemp(prefix="vitrine-", dir="/tmp"))
         environment = dict(os.environ)
+        environment.pop("VITRINE_API_KEYS", None)  # no business of the engine's
         set_wait_policy(environment)
         process = subprocess.Popen(  # noqa: S603 - our own module, no shell
             [sys.executable, "-m", "service.engine", _endpoint(folder)],

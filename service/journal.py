@@ -27,6 +27,11 @@ class SequenceRequest:
 class TokenStream(Protocol):
     """The outputs of one sequence, as the API reads them."""
 
+    @property
+    def num_received(self) -> int:
+        """Tokens that the engine generated for it so far, whether they were read or not."""
+        ...
+
     async def next(self) -> SequenceOutput:
         """Everything that came since the last call, merged into one output; waits while
         there is nothing. The output with a `finish_reason` is the last."""
@@ -53,6 +58,10 @@ class JournalEntry:
     _last: SequenceOutput | None = None
     _timing: tuple[float, float] = (0.0, 0.0)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def num_received(self) -> int:
+        return len(self.token_ids)
 
     async def next(self) -> SequenceOutput:
         await self._news.wait()

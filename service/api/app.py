@@ -14,7 +14,9 @@ from service.api.context import ApiContext
 from service.api.generation import ActiveGenerations
 from service.api.identity import ApiKeyMiddleware
 from service.api.limits import ApiLimits
-from service.api.middleware import BodyLimitMiddleware, RequestIdMiddleware
+from service.api.middleware import BodyLimitMiddleware
+from service.api.quotas import KeyQuotas
+from service.api.visit import VisitMiddleware, log_line
 from service.client import Engine
 from service.metrics import Metrics
 
@@ -54,7 +56,8 @@ def create_app(
     # The last added is the first that a request meets.
     app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes)
     app.add_middleware(ApiKeyMiddleware, keys=settings.api_keys)
-    app.add_middleware(RequestIdMiddleware)
+    quotas = KeyQuotas(settings.max_requests_per_key, settings.max_tokens_per_minute_per_key)
+    app.add_middleware(VisitMiddleware, quotas=quotas, on_complete=log_line)
     errors.install(app)
     for module in (generate, tokenization, operations):
         app.include_router(module.routes(context))

@@ -18,11 +18,13 @@ from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from service.client import EngineUnavailableError, NeverFitsError, QueueFullError
 
 MEDIA_TYPE = "application/problem+json"
 TAG_MARK = "~"  # begins the names of union branches, which are no part of a field's path
+_STATE = "problem_kind"
 _MAX_SHOWN_CHARS = 80
 _MAX_SHOWN_ERRORS = 5
 
@@ -76,6 +78,11 @@ class ProblemError(Exception):
         body = msgspec.json.encode(self.problem(request_id))
         return Response(body, self.status, self.headers, media_type=MEDIA_TYPE)
 
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request from a middleware."""
+        _note_kind(scope, self.kind)
+        await self.response(scope["state"]["request_id"])(scope, receive, send)
+
 
 class ClientGoneError(Exception):
     """The client went away before its answer was ready; nobody reads what is sent now."""
@@ -127,6 +134,16 @@ def request_id_of(request: Request) -> str:
     return request_id
 
 
+def problem_kind_of(scope: Scope) -> str | None:
+    """The kind of problem that a request was answered with, if it was."""
+    kind: str | None = scope["state"].get(_STATE)
+    return kind
+
+
+def _note_kind(scope: Scope, kind: str) -> None:
+    scope["state"][_STATE] = kind
+
+
 def install(app: FastAPI) -> None:
     """Register the handlers. What they do not know reaches the middleware that answers 500."""
     app.exception_handler(HTTPException)(_on_http_exception)
@@ -137,7 +154,9 @@ def install(app: FastAPI) -> None:
 
 
 async def _on_known(request: Request, error: Exception) -> Response:
-    return from_exception(error).response(request_id_of(request))
+    problem = from_exception(error)
+    _note_kind(request.scope, problem.kind)
+    return problem.response(request_id_of(request))
 
 
 async def _on_client_gone(request: Request, error: Exception) -> Response:
@@ -158,6 +177,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
             problem = ProblemError("method-not-allowed", 405, detail, headers=headers)
         case status:
             problem = ProblemError("http", status, str(error.detail), headers=headers)
+    _note_kind(request.scope, problem.kind)
     return problem.response(request_id_of(request))
 
 

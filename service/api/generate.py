@@ -23,6 +23,7 @@ from service.api.generation import Failed, Generation
 from service.api.openapi import describe
 from service.api.schemas import GenerateRequest
 from service.api.sse import EventStreamResponse, format_event
+from service.api.visit import visit_of
 from service.engine.messages import TokenLogprob
 
 DESCRIPTION = """Continues a prompt.
@@ -48,7 +49,7 @@ def routes(context: ApiContext) -> APIRouter:
             body = await read_json(request, GenerateRequest)
             plan = await make_plan(body, context, request_id_of(request), arrived_s)
             tokenizer, _ = context.loaded()
-            generation = context.generations.admit(plan, tokenizer)
+            generation = context.generations.admit(plan, tokenizer, visit_of(request))
         # From here on the request is in flight: no await before somebody will call `abort`.
         if body.stream:
             events = EventWriter(generation, tokenizer, context.model_name)

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from model.sampling_params import SamplingParams
 from model.tokenizer import IncrementalDecoder, Tokenizer
@@ -41,6 +42,11 @@ class Plan:
     arrived_s: float  # the event loop's clock
     timeout_s: float  # from arrival
 
+    @property
+    def num_tokens(self) -> int:
+        """What it may take at most: the prompt, and max_tokens of each continuation."""
+        return len(self.prompt_token_ids) + sum(one.max_tokens for one in self.samplings)
+
 
 @dataclass(frozen=True, slots=True)
 class Failed:
@@ -52,16 +58,41 @@ class Failed:
 Item = Delta | Done | Failed
 
 
+class Ticket(Protocol):
+    """What a caller has for a request that began."""
+
+    def withdraw(self) -> None:
+        """The engine did not take it."""
+        ...
+
+    def ended(self, generation: Generation, outcome: Outcome) -> None:
+        """It ended; called once."""
+        ...
+
+
+class Caller(Protocol):
+    """Whoever a request is for: asked before it begins, and told how it ended."""
+
+    def begin(self, plan: Plan) -> Ticket:
+        """Raises `ProblemError` when the caller may not have it now."""
+        ...
+
+
 class Generation:
     """One admitted request. Whoever made it calls `abort` at the end, whatever happened."""
 
     def __init__(
-        self, plan: Plan, continuations: list[Continuation], house: ActiveGenerations
+        self,
+        plan: Plan,
+        continuations: list[Continuation],
+        house: ActiveGenerations,
+        ticket: Ticket,
     ) -> None:
         """Of `ActiveGenerations.admit` alone."""
         self.plan = plan
         self.continuations = continuations
         self._house = house
+        self._ticket = ticket
         self._open = list(continuations)
         self._reads: dict[asyncio.Task[SequenceOutput], Continuation] = {}
         self._waiting: asyncio.Timeout | None = None
@@ -76,6 +107,12 @@ class Generation:
     def finished(self) -> bool:
         """Whether `next` gave the last item."""
         return self._settled
+
+    @property
+    def num_tokens_used(self) -> int:
+        """Its prompt, and all that the engine generated for it, read or not."""
+        generated = sum(one.stream.num_received for one in self.continuations)
+        return len(self.plan.prompt_token_ids) + generated
 
     async def next(self) -> list[Item]:
         """What is new, at least one item; an empty list when everything was said."""
@@ -180,6 +217,7 @@ class Generation:
         self._reads.clear()
         self._house.forget(self)
         self._house.metrics.ended(outcome, reason)
+        self._ticket.ended(self, outcome)
 
 
 class ActiveGenerations:
@@ -190,13 +228,18 @@ class ActiveGenerations:
         self._engine = engine
         self._active: set[Generation] = set()
 
-    def admit(self, plan: Plan, tokenizer: Tokenizer) -> Generation:
-        """Submit all continuations, or raise what `Engine.submit` raises."""
+    def admit(self, plan: Plan, tokenizer: Tokenizer, caller: Caller) -> Generation:
+        """Submit all continuations, or raise what `Caller.begin` or `Engine.submit` raises."""
         requests = [
             SequenceRequest(plan.prompt_token_ids, sampling, plan.priority)
             for sampling in plan.samplings
         ]
-        streams = self._engine.submit(requests, plan.timeout_s)
+        ticket = caller.begin(plan)
+        try:
+            streams = self._engine.submit(requests, plan.timeout_s)
+        except Exception:
+            ticket.withdraw()
+            raise
         continuations = []
         for index, (stream, sampling) in enumerate(zip(streams, plan.samplings, strict=True)):
             decoder = IncrementalDecoder(tokenizer, plan.prompt_token_ids)
@@ -212,7 +255,7 @@ class ActiveGenerations:
                     arrived_s=plan.arrived_s,
                 )
             )
-        generation = Generation(plan, continuations, self)
+        generation = Generation(plan, continuations, self, ticket)
         self._active.add(generation)
         self.metrics.accepted(len(plan.prompt_token_ids))
         return generation

@@ -15,6 +15,8 @@ class ApiLimits:
     request_timeout_s: float = 600.0  # the longest `timeout_s`, and its default
     keep_alive_s: float = 15.0  # a comment goes out after so long without an event
     api_keys: tuple[ApiKey, ...] = ()  # none: every request is let in
+    max_requests_per_key: int | None = None  # in flight; None: as many as the server takes
+    max_tokens_per_minute_per_key: int | None = None  # prompt and max_tokens; None: any number
     max_tokenize_chars: int = 100_000
     max_detokenize_ids: int = 100_000
     tokenize_in_thread_chars: int = 8_000  # longer texts are tokenized off the event loop

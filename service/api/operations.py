@@ -67,7 +67,7 @@ def _version(package: str) -> str:
 def _info(context: ApiContext, versions: dict[str, str]) -> InfoAnswer:
     _, info = context.loaded()
     limits = asdict(context.limits)
-    del limits["api_keys"]
+    limits = {name: value for name, value in limits.items() if isinstance(value, int | float)}
     return InfoAnswer(
         model=context.model_name,
         family=info.family,

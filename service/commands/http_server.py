@@ -46,6 +46,8 @@ def make_server(settings: Settings, client: EngineClient, model: LoadedModel) ->
         max_body_bytes=settings.max_body_bytes,
         request_timeout_s=settings.request_timeout_s,
         keep_alive_s=settings.keep_alive_s,
+        max_requests_per_key=settings.max_requests_per_key,
+        max_tokens_per_minute_per_key=settings.max_tokens_per_minute_per_key,
         api_keys=read_api_keys(settings.api_key_file, settings.api_keys),
     )
     name = settings.served_model_name or settings.model or BUNDLED_MODEL_NAME

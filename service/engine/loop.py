@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import zmq
 
+from service import logs
 from service.engine.messages import (
     MAX_MESSAGE_BYTES,
     Abort,
@@ -42,6 +43,7 @@ HEARTBEAT_S = 1.0
 
 def main() -> int:
     """Serve one API process until it says so or goes away."""
+    logs.configure_from_environment()
     # Ctrl-C reaches every process of the terminal; the API decides when the engine ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
