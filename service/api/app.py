@@ -6,15 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Lifespan
 
 from model.tokenizer import Tokenizer
-from service.api import errors, generate, openapi, operations, tokenization
+from service.api import docs, errors, generate, openapi, operations, tokenization
 from service.api.context import ApiContext
 from service.api.generation import ActiveGenerations
 from service.api.identity import ApiKeyMiddleware
 from service.api.limits import ApiLimits
-from service.api.middleware import BodyLimitMiddleware
+from service.api.middleware import BodyLimitMiddleware, HeaderLimitMiddleware, LingerMiddleware
 from service.api.quotas import KeyQuotas
 from service.api.visit import VisitMiddleware, log_line
 from service.client import Engine
@@ -49,17 +50,31 @@ def create_app(
         title="Vitrine",
         description=DESCRIPTION,
         redirect_slashes=False,
+        docs_url=None,
         redoc_url=None,
         lifespan=lifespan,
     )
     app.state.context = context
     # The last added is the first that a request meets.
-    app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes)
+    app.add_middleware(
+        BodyLimitMiddleware, max_bytes=settings.max_body_bytes, max_s=settings.body_timeout_s
+    )
     app.add_middleware(ApiKeyMiddleware, keys=settings.api_keys)
+    if settings.cors_origins:  # outside of the keys: a browser's preflight brings none
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["Authorization", "Content-Type", "Last-Event-ID", "X-Request-Id"],
+            expose_headers=["Retry-After", "X-Request-Id"],
+        )
+    app.add_middleware(HeaderLimitMiddleware)
+    app.add_middleware(LingerMiddleware)
     quotas = KeyQuotas(settings.max_requests_per_key, settings.max_tokens_per_minute_per_key)
     app.add_middleware(VisitMiddleware, quotas=quotas, on_complete=log_line)
     errors.install(app)
     for module in (generate, tokenization, operations):
         app.include_router(module.routes(context))
     openapi.install(app)
+    docs.install(app)
     return app
