@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from fastapi import FastAPI
@@ -17,7 +17,7 @@ from service.api.identity import ApiKeyMiddleware
 from service.api.limits import ApiLimits
 from service.api.middleware import BodyLimitMiddleware, HeaderLimitMiddleware, LingerMiddleware
 from service.api.quotas import KeyQuotas
-from service.api.visit import VisitMiddleware, log_line
+from service.api.visit import Visit, VisitMiddleware, log_line
 from service.client import Engine
 from service.metrics import Metrics
 
@@ -31,10 +31,12 @@ def create_app(
     model_name: str,
     *,
     lifespan: Lifespan[Any] | None = None,
+    on_complete: Iterable[Callable[[Visit], None]] = (log_line,),
 ) -> FastAPI:
     """The ASGI application; importing and making it loads no model.
 
     `tokenizer` returns None while it is being loaded. `app.state.context` is the `ApiContext`.
+    `on_complete` is told of each request that is over.
     """
     metrics = Metrics()
     metrics.watch_engine(lambda: engine.stats)
@@ -71,7 +73,7 @@ def create_app(
     app.add_middleware(HeaderLimitMiddleware)
     app.add_middleware(LingerMiddleware)
     quotas = KeyQuotas(settings.max_requests_per_key, settings.max_tokens_per_minute_per_key)
-    app.add_middleware(VisitMiddleware, quotas=quotas, on_complete=log_line)
+    app.add_middleware(VisitMiddleware, quotas=quotas, on_complete=tuple(on_complete))
     errors.install(app)
     for module in (generate, tokenization, operations):
         app.include_router(module.routes(context))

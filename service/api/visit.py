@@ -11,7 +11,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,7 +62,7 @@ class Visit:
     scope: Scope
     request_id: str
     quotas: KeyQuotas
-    on_complete: Callable[[Visit], None]
+    on_complete: Sequence[Callable[[Visit], None]]
     began_s: float = field(default_factory=time.monotonic)
     began_ns: int = field(default_factory=time.time_ns)  # Unix time
     ended_s: float | None = None  # the response's last byte, or the client's going away
@@ -78,6 +78,10 @@ class Visit:
         """The route's template; never what a client made up."""
         return getattr(self.scope.get("route"), "path", "none")
 
+    def to_unix_ns(self, at_s: float) -> int:
+        """A moment of the monotonic clock (the event loop's) as Unix time."""
+        return self.began_ns + round((at_s - self.began_s) * 1e9)
+
     def begin(self, plan: Plan) -> Ticket:
         key = self.key_name
         charge = None if key is None else self.quotas.take(key, plan.num_tokens)
@@ -89,7 +93,8 @@ class Visit:
         """Report the visit once its response and all that it began have ended; a generation that
         goes on without its client is waited for."""
         if self.ended_s is not None and all(ticket.outcome for ticket in self.tickets):
-            self.on_complete(self)
+            for tell in self.on_complete:
+                tell(self)
 
 
 def visit_of(request: HTTPConnection) -> Visit:
@@ -103,7 +108,7 @@ class VisitMiddleware:
     it is over; the last resort for exceptions that nothing inside knows."""
 
     def __init__(
-        self, app: ASGIApp, quotas: KeyQuotas, on_complete: Callable[[Visit], None]
+        self, app: ASGIApp, quotas: KeyQuotas, on_complete: Sequence[Callable[[Visit], None]]
     ) -> None:
         self.app = app
         self._quotas = quotas

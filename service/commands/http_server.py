@@ -6,7 +6,9 @@ import asyncio
 import ipaddress
 import logging
 import re
+import socket
 import ssl
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -15,10 +17,12 @@ import uvicorn
 from service.api.app import create_app
 from service.api.keys import ApiKey, KeyFileError, parse_keys
 from service.api.limits import ApiLimits
+from service.api.visit import log_line
 from service.client import EngineClient
 from service.commands.loading import LoadedModel
 from service.http_protocol import ConnectionLimits, bounded
 from service.settings import Settings, SettingsError
+from service.tracing import TracingError, start_tracing
 
 log = logging.getLogger("vitrine")
 
@@ -33,10 +37,17 @@ class DrainingServer(uvicorn.Server):
     running requests finish, so that /health/ready and new requests are told 503 rather than
     refused a connection. A second signal ends the server at once."""
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: uvicorn.Config, on_end: Callable[[], None] | None = None) -> None:
+        """`on_end` is called when the last answer is out, off the event loop."""
         super().__init__(config)
+        self.on_end = on_end
         self.stop_asked = asyncio.Event()
         self._loop = asyncio.get_running_loop()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if self.on_end is not None:
+            await asyncio.to_thread(self.on_end)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.stop_asked.is_set():
@@ -51,7 +62,13 @@ def make_server(settings: Settings, client: EngineClient, model: LoadedModel) ->
     limits = api_limits(settings)
     warn_if_open(settings.host, has_keys=bool(limits.api_keys), has_tls=bool(settings.tls_cert))
     name = settings.served_model_name or settings.model or BUNDLED_MODEL_NAME
-    app = create_app(limits, client, model.get_tokenizer, name.rstrip("/").rsplit("/", 1)[-1])
+    name = name.rstrip("/").rsplit("/", 1)[-1]
+    try:
+        tracing = start_tracing(settings.otlp_endpoint, name)
+    except TracingError as error:
+        raise SettingsError(f"--otlp-endpoint: {error}") from None
+    told = [log_line] if tracing is None else [log_line, tracing.on_complete]
+    app = create_app(limits, client, model.get_tokenizer, name, on_complete=told)
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -74,7 +91,7 @@ def make_server(settings: Settings, client: EngineClient, model: LoadedModel) ->
         config.load()  # reads the certificates
     except OSError as error:  # ssl's errors are of this kind
         raise SettingsError(f"--tls-cert, --tls-key or --tls-client-ca: {error}") from None
-    return DrainingServer(config)
+    return DrainingServer(config, on_end=None if tracing is None else tracing.shutdown)
 
 
 def api_limits(settings: Settings) -> ApiLimits:

@@ -209,7 +209,9 @@ def test_the_engine_process_knows_no_keys(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("VITRINE_LOG_LEVEL", "warning")
     engine = EngineProcess.spawn()
     try:
-        environment = psutil.Process(engine.process.pid).environ()
+        # Amid exec the system shows none for a moment.
+        while not (environment := psutil.Process(engine.process.pid).environ()):
+            time.sleep(0.01)
     finally:
         engine.end(0.0)
     assert environment["VITRINE_LOG_LEVEL"] == "warning"
