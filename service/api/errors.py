@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Scope
 
 from service.client import EngineUnavailableError, NeverFitsError, QueueFullError
 
@@ -73,15 +73,11 @@ class ProblemError(Exception):
             field=None if self.field is None else _encodable(self.field),
         )
 
-    def response(self, request_id: str) -> Response:
-        """The answer."""
-        body = msgspec.json.encode(self.problem(request_id))
-        return Response(body, self.status, self.headers, media_type=MEDIA_TYPE)
-
-    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request from a middleware."""
+    def response(self, scope: Scope) -> Response:
+        """The answer to the request of this scope."""
         _note_kind(scope, self.kind)
-        await self.response(scope["state"]["request_id"])(scope, receive, send)
+        body = msgspec.json.encode(self.problem(scope["state"]["request_id"]))
+        return Response(body, self.status, self.headers, media_type=MEDIA_TYPE)
 
 
 class ClientGoneError(Exception):
@@ -154,9 +150,7 @@ def install(app: FastAPI) -> None:
 
 
 async def _on_known(request: Request, error: Exception) -> Response:
-    problem = from_exception(error)
-    _note_kind(request.scope, problem.kind)
-    return problem.response(request_id_of(request))
+    return from_exception(error).response(request.scope)
 
 
 async def _on_client_gone(request: Request, error: Exception) -> Response:
@@ -177,8 +171,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
             problem = ProblemError("method-not-allowed", 405, detail, headers=headers)
         case status:
             problem = ProblemError("http", status, str(error.detail), headers=headers)
-    _note_kind(request.scope, problem.kind)
-    return problem.response(request_id_of(request))
+    return problem.response(request.scope)
 
 
 def _describe(error: ErrorDetails) -> str:

@@ -73,8 +73,9 @@ class Ticket(Protocol):
 class Caller(Protocol):
     """Whoever a request is for: asked before it begins, and told how it ended."""
 
-    def begin(self, plan: Plan) -> Ticket:
-        """Raises `ProblemError` when the caller may not have it now."""
+    def begin(self, num_tokens: int) -> Ticket:
+        """`num_tokens` is what the request may take at most. Raises `ProblemError` when the
+        caller may not have it now."""
         ...
 
 
@@ -234,7 +235,7 @@ class ActiveGenerations:
             SequenceRequest(plan.prompt_token_ids, sampling, plan.priority)
             for sampling in plan.samplings
         ]
-        ticket = caller.begin(plan)
+        ticket = caller.begin(plan.num_tokens)
         try:
             streams = self._engine.submit(requests, plan.timeout_s)
         except Exception:

@@ -46,7 +46,7 @@ class ApiKeyMiddleware:
             "this server asks for an API key: Authorization: Bearer <key>",
             headers={"WWW-Authenticate": "Bearer", "Connection": "close"},
         )
-        await error.answer(scope, receive, send)
+        await error.response(scope)(scope, receive, send)
 
     def _presented(self, scope: Scope) -> ApiKey | None:
         """The key that the request shows, if it is one of ours."""

@@ -36,7 +36,7 @@ class HeaderLimitMiddleware:
             f"{MAX_HEADERS} and {MAX_HEADER_BYTES}",
             headers={"Connection": "close"},
         )
-        await error.answer(scope, receive, send)
+        await error.response(scope)(scope, receive, send)
 
 
 class LingerMiddleware:
@@ -89,7 +89,9 @@ class BodyLimitMiddleware:
             return
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdecimal() and int(declared[:20]) > self._max_bytes:
-            await self._too_large(f"{int(declared[:20])} bytes").answer(scope, receive, send)
+            await self._too_large(f"{int(declared[:20])} bytes").response(scope)(
+                scope, receive, send
+            )
             return
         num_bytes = 0
         is_read = False

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.continuation import combined
 from service.api.errors import from_exception, problem_kind_of
-from service.api.generation import Generation, Plan
+from service.api.generation import Generation
 from service.api.identity import key_name_of
 from service.api.quotas import Charge, KeyQuotas
 from service.metrics import Outcome
@@ -82,9 +82,9 @@ class Visit:
         """A moment of the monotonic clock (the event loop's) as Unix time."""
         return self.began_ns + round((at_s - self.began_s) * 1e9)
 
-    def begin(self, plan: Plan) -> Ticket:
+    def begin(self, num_tokens: int) -> Ticket:
         key = self.key_name
-        charge = None if key is None else self.quotas.take(key, plan.num_tokens)
+        charge = None if key is None else self.quotas.take(key, num_tokens)
         ticket = Ticket(self, charge)
         self.tickets.append(ticket)
         return ticket
@@ -136,7 +136,7 @@ class VisitMiddleware:
             if visit.status is not None:
                 raise
             log.exception("a request failed", extra={"id": request_id})
-            await from_exception(error).answer(scope, receive, send_with_id)
+            await from_exception(error).response(scope)(scope, receive, send_with_id)
         finally:
             visit.ended_s = time.monotonic()
             visit.check_complete()

@@ -16,7 +16,7 @@ import pytest
 import trustme
 
 from service.api.keys import api_key_hash
-from service.commands.http_server import (
+from service.commands.door import (
     api_limits,
     check_tls,
     read_api_keys,
