@@ -10,6 +10,7 @@ import sys
 # docstring is its help.
 NAMES: dict[str, str] = {
     "kill": "loadtests.faults.kill",
+    "schema": "loadtests.faults.schema",
 }
 
 

@@ -77,6 +77,6 @@ def create_app(
     errors.install(app)
     for module in (generate, tokenization, operations):
         app.include_router(module.routes(context))
-    openapi.install(app)
+    openapi.install(app, has_keys=bool(settings.api_keys))
     docs.install(app)
     return app

@@ -89,9 +89,8 @@ class BodyLimitMiddleware:
             return
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdecimal() and int(declared[:20]) > self._max_bytes:
-            await self._too_large(f"{int(declared[:20])} bytes").response(scope)(
-                scope, receive, send
-            )
+            error = self._too_large(f"{int(declared[:20])} bytes")
+            await error.response(scope)(scope, receive, send)
             return
         num_bytes = 0
         is_read = False

@@ -3,7 +3,7 @@ are put in by hand too, from the same models."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -13,15 +13,26 @@ from pydantic.json_schema import models_json_schema
 
 from service.api import answers, schemas
 from service.api.errors import MEDIA_TYPE, Problem
+from service.api.identity import OPEN_PATHS
 
 _REF = "#/components/schemas/{}"
-_REFUSALS = {
+# Before a request reaches its route.
+_AT_THE_DOOR = {
     401: "The API key is missing or wrong.",
+    408: "The request did not come in time.",
     413: "The body is over the limit.",
+    431: "The headers are over the limit.",
+    503: "The engine cannot take a request now; Retry-After says when to come again.",
+}
+_REFUSALS = _AT_THE_DOOR | {
     415: "The body is not declared as JSON.",
     422: "A field is wrong, unknown or unsupported, or the request can never fit.",
-    429: "The queue is full; Retry-After says when to come again.",
-    503: "The engine cannot take a request now; Retry-After says when to come again.",
+    429: "The queue is full, or the key has enough; Retry-After says when to come again.",
+}
+_HEADERS = {
+    401: {"WWW-Authenticate": "The scheme that is asked for."},
+    429: {"Retry-After": "Whole seconds."},
+    503: {"Retry-After": "Whole seconds."},
 }
 _REQUESTS: tuple[type[BaseModel], ...] = (
     schemas.GenerateRequest,
@@ -50,21 +61,8 @@ def describe(
     content: dict[str, Any] = {"application/json": {"schema": _ref(answer)}}
     shown: list[type[msgspec.Struct]] = [*events, Problem]
     if events:
-        content["text/event-stream"] = {
-            "schema": {
-                "type": "string",
-                "description": "The data of its events: "
-                + ", ".join(one.__name__ for one in shown),
-            }
-        }
-    refusals = {401, 503} if request is None else set(_REFUSALS)
-    responses: dict[int, dict[str, Any]] = {
-        status: {
-            "description": _REFUSALS[status],
-            "content": {MEDIA_TYPE: {"schema": _ref(Problem)}},
-        }
-        for status in sorted(refusals)
-    }
+        content["text/event-stream"] = {"schema": _one_event(shown)}
+    responses = _responses(_AT_THE_DOOR if request is None else _REFUSALS)
     described: dict[str, Any] = {"responses": {200: {"content": content}, **responses}}
     if request is not None:
         body = {"application/json": {"schema": _ref(request)}}
@@ -72,18 +70,73 @@ def describe(
     return described
 
 
-def install(app: FastAPI) -> None:
-    """Make `app.openapi` tell the schemas too."""
+def describe_text(*media_types: str) -> dict[str, Any]:
+    """Keyword arguments of a route's decorator that answers with plain text of these kinds."""
+    content = {media_type: {"schema": {"type": "string"}} for media_type in media_types}
+    return {"responses": {200: {"content": content}, **_responses(_AT_THE_DOOR)}}
+
+
+def _responses(refusals: Mapping[int, str]) -> dict[int, dict[str, Any]]:
+    return {
+        status: {
+            "description": refusals[status],
+            "content": {MEDIA_TYPE: {"schema": _ref(Problem)}},
+            **_headers(status),
+        }
+        for status in sorted(refusals)
+    }
+
+
+def _one_event(data: Sequence[type[msgspec.Struct]]) -> dict[str, Any]:
+    """An event of a stream: OpenAPI 3.1 has the schema of a stream describe each of its items."""
+    return {
+        "type": "object",
+        "required": ["data"],
+        "properties": {
+            "id": {"type": "string"},
+            "event": {"type": "string"},
+            "data": {
+                "type": "string",
+                "description": ", ".join(one.__name__ for one in data) + ", as JSON.",
+                "contentMediaType": "application/json",
+                "contentSchema": {"anyOf": [_ref(one) for one in data]},
+            },
+        },
+    }
+
+
+def _headers(status: int) -> dict[str, Any]:
+    headers = {
+        name: {"description": text, "schema": {"type": "string"}, "required": True}
+        for name, text in _HEADERS.get(status, {}).items()
+    }
+    return {"headers": headers} if headers else {}
+
+
+def install(app: FastAPI, *, has_keys: bool) -> None:
+    """Make `app.openapi` tell the schemas too, and the API key where one is asked for."""
     without_bodies = app.openapi
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             schema = without_bodies()
             schema.setdefault("components", {}).setdefault("schemas", {}).update(_components())
+            if has_keys:
+                _ask_for_keys(schema)
             app.openapi_schema = schema
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _ask_for_keys(schema: dict[str, Any]) -> None:
+    scheme = {"type": "http", "scheme": "bearer", "description": "An API key of this server."}
+    schema["components"]["securitySchemes"] = {"api_key": scheme}
+    schema["security"] = [{"api_key": []}]
+    for path, operations in schema["paths"].items():
+        if path.startswith(OPEN_PATHS):
+            for operation in operations.values():
+                operation["security"] = []
 
 
 def _components() -> dict[str, Any]:

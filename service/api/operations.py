@@ -14,7 +14,7 @@ from service.api import answers
 from service.api.answers import HealthAnswer, InfoAnswer, KvCacheInfo
 from service.api.context import RETRY_AFTER_START_S, ApiContext
 from service.api.errors import ProblemError, retry_after
-from service.api.openapi import describe
+from service.api.openapi import describe, describe_text
 
 _SHOWN_PACKAGES = ("vitrine", "fastapi", "uvicorn", "pydantic", "msgspec", "tokenizers")
 
@@ -48,7 +48,7 @@ def routes(context: ApiContext) -> APIRouter:
     @router.get(
         "/metrics",
         summary="Metrics as Prometheus text, or OpenMetrics when asked for",
-        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+        **describe_text("text/plain", "application/openmetrics-text"),
     )
     async def metrics(request: Request) -> Response:
         data, content_type = context.metrics.exposition(request.headers.get("accept", ""))
