@@ -11,9 +11,10 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, MutableMapping
-from typing import Any, Literal, TextIO, get_args
+from typing import TYPE_CHECKING, Any, Literal, TextIO, get_args
 
-import structlog
+if TYPE_CHECKING:
+    from structlog.typing import Processor
 
 LogFormat = Literal["auto", "json", "console"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -31,16 +32,18 @@ _UNPRINTABLE = {
 def configure(level: LogLevel, format_: LogFormat, stream: TextIO | None = None) -> None:
     """Send every logger's lines to `stream` (standard error) in one shape. `auto` is columns on
     a terminal, JSON elsewhere. May be called again."""
+    import structlog  # takes a tenth of a second, in which the engine process can begin
+
     stream = sys.stderr if stream is None else stream
     is_json = format_ == "json" or (format_ == "auto" and not stream.isatty())
-    shared: list[structlog.typing.Processor] = [
+    shared: list[Processor] = [
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.stdlib.ExtraAdder(),
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         _one_line,
     ]
-    last: list[structlog.typing.Processor] = (
+    last: list[Processor] = (
         [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
         if is_json
         else [

@@ -17,7 +17,6 @@ def run(arguments: list[str]) -> int:
     """Serve until SIGTERM or Ctrl-C. Raises `CommandError` when the engine cannot start."""
     settings = read_settings(Settings, arguments)
     engine_config(settings, Path())  # settings that disagree are refused before anything starts
-    logs.configure(settings.log_level, settings.log_format)
     logs.tell_children(settings.log_level, settings.log_format)
     client = EngineClient(
         max_in_flight=settings.max_num_seqs + settings.max_queue_requests,
@@ -27,6 +26,7 @@ def run(arguments: list[str]) -> int:
     early = EarlySignals()
     # First of all: torch takes seconds to import, and does so while this process goes on.
     client.spawn()
+    logs.configure(settings.log_level, settings.log_format)
     try:
         asyncio.run(_serve(settings, client, early))
     except SystemExit:  # uvicorn's way to say that it could not listen; its log has the reason
