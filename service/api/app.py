@@ -72,8 +72,14 @@ def create_app(
         )
     app.add_middleware(HeaderLimitMiddleware)
     app.add_middleware(LingerMiddleware)
+
+    def count_strangers(visit: Visit) -> None:
+        """They come no further than the keys; the routes count what they refuse themselves."""
+        if errors.problem_kind_of(visit.scope) == "unauthorized":
+            metrics.rejected("unauthorized")
+
     quotas = KeyQuotas(settings.max_requests_per_key, settings.max_tokens_per_minute_per_key)
-    app.add_middleware(VisitMiddleware, quotas=quotas, on_complete=tuple(on_complete))
+    app.add_middleware(VisitMiddleware, quotas=quotas, on_complete=(count_strangers, *on_complete))
     errors.install(app)
     for module in (generate, tokenization, operations):
         app.include_router(module.routes(context))
