@@ -32,13 +32,12 @@ def lines(stream: io.StringIO) -> list[dict[str, Any]]:
 def test_json_lines_of_every_logger() -> None:
     stream = io.StringIO()
     logs.configure("info", "json", stream)
-    logging.getLogger("uvicorn.error").setLevel(logging.NOTSET)  # other tests run other servers
-    logging.getLogger("uvicorn.error").info("Started on %s", "here")
+    logging.getLogger("a.library").info("Started on %s", "here")
     logging.getLogger("vitrine.engine").warning("slow", extra={"seconds": 1.5})
     logging.getLogger("vitrine").debug("not at this level")
     first, second = lines(stream)
     assert (first["logger"], first["level"], first["event"]) == (
-        "uvicorn.error",
+        "a.library",
         "info",
         "Started on here",
     )
