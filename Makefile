@@ -12,7 +12,7 @@ PIP_ARGS ?=
 # Anything here: install CUDA packages even where no GPU is found.
 CUDA ?=
 
-.PHONY: install serve test lint quick clean
+.PHONY: install serve test lint quick audit clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -35,6 +35,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Known vulnerabilities in what is installed; says so where no advisories can be had.
+audit: $(STAMP)
+	$(BIN)/python deploy/audit.py
 
 # Without the slow tests: for the change at hand.
 quick: $(STAMP)

@@ -23,6 +23,11 @@ from model.sampling_params import SamplingParams
 Entry = tuple[int, SamplingParams, Sequence[int], Sequence[int]]
 
 
+# A logit divided by less could be infinite, or 0 in float32 be divided by; between penalties as
+# small as this no token's chance differs.
+_SMALLEST_PENALTY = 1e-30
+
+
 @dataclass(frozen=True, slots=True)
 class Change:
     """Numbers for some places of a flattened (rows, vocab), no place twice."""
@@ -69,7 +74,8 @@ class Adjustments:
                     frequency.add(start + np.fromiter(counts, np.int64, len(counts)), amounts)
                 if params.repetition_penalty != 1.0:
                     seen = set(prompt).union(output)
-                    factors = np.full(len(seen), params.repetition_penalty)
+                    factor = max(params.repetition_penalty, _SMALLEST_PENALTY)
+                    factors = np.full(len(seen), factor)
                     repetition.add(start + np.fromiter(seen, np.int64, len(seen)), factors)
             if params.logit_bias:
                 ids = np.fromiter(params.logit_bias.keys(), np.int64)

@@ -52,8 +52,9 @@ class EagerForward:
             attend = _beating(attend, heartbeat)
         hidden = self.model(batch.input_ids, batch.positions, attend)
         if not batch.logits_rows.shape[0]:  # the first part of a prompt
-            return hidden.new_empty(0, self.model.config.vocab_size, dtype=torch.float32)
-        return self.model.logits(hidden[batch.logits_rows])
+            return torch.empty(0, self.model.config.vocab_size)
+        logits: Tensor = self.model.logits(hidden[batch.logits_rows])
+        return logits
 
 
 def _beating(attend: AttentionStep, heartbeat: Heartbeat) -> AttentionStep:

@@ -87,7 +87,7 @@ class Transformer(nn.Module):
         """What enters the first block: tokens, and positions unless they are rotary."""
         hidden: Tensor = self.embedding(input_ids)
         if self.position_embedding is not None:
-            return hidden + self.position_embedding(positions)
+            hidden = hidden + self.position_embedding(positions)
         if self.config.position == "sinusoidal":
             return hidden + self.position_tables[0][positions].to(hidden.dtype)
         return hidden

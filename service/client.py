@@ -8,10 +8,9 @@ sequences go on from where the journal says they were (`in_flight.py`): noise is
 from __future__ import annotations
 
 import asyncio
-import time
-from collections import deque
 from typing import Protocol
 
+from service.backlog import Backlog
 from service.engine.messages import EngineConfig, EngineStats, ModelInfo, StepOutput
 from service.health import EngineHealth, EngineState
 from service.in_flight import InFlight, Loss
@@ -87,15 +86,23 @@ class Engine(Protocol):
 class EngineClient:
     """Owns the engine process and everything in flight; implements `Engine`."""
 
-    def __init__(self, *, max_in_flight: int, stall_s: float, standby: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        max_in_flight: int,
+        stall_s: float,
+        max_queue_tokens: int | None = None,
+        standby: bool = False,
+    ) -> None:
         self.max_in_flight = max_in_flight
+        self.max_queue_tokens = max_queue_tokens
         self.failed = asyncio.Event()  # set when the engine cannot start at all
         self._supervisor = Supervisor(self, stall_s=stall_s, standby=standby)
-        self._in_flight = InFlight(self._supervisor.send)
+        self._backlog = Backlog()
+        self._in_flight = InFlight(self._supervisor.send, self._backlog)
         self._stats = EngineStats()
         self._draining = False
         self._no_grace = asyncio.Event()
-        self._finishes: deque[float] = deque(maxlen=32)  # when the latest sequences ended
 
     @property
     def info(self) -> ModelInfo | None:
@@ -203,8 +210,7 @@ class EngineClient:
     def engine_stepped(self, step: StepOutput) -> None:
         self._stats = step.stats
         for output in step.outputs:
-            if self._in_flight.deliver(output):
-                self._finishes.append(time.monotonic())
+            self._in_flight.deliver(output)
 
     def engine_lost(self, loss: Loss) -> None:
         self._in_flight.engine_lost(loss)
@@ -233,17 +239,20 @@ class EngineClient:
             excess = self.in_flight + len(requests) - self.max_in_flight
             raise QueueFullError(
                 f"{self.in_flight} requests are in flight; the limit is {self.max_in_flight}",
-                retry_after_s=self._drain_time_s(excess),
+                retry_after_s=self._backlog.time_for_requests(excess),
             )
+        self._admit_tokens(sum(request.num_tokens for request in requests))
 
-    def _drain_time_s(self, count: int) -> float:
-        """How long the rate of finishing of the last minute takes to finish `count` more:
-        1 .. 60 s."""
-        now = time.monotonic()
-        recent = [at for at in self._finishes if now - at < 60.0]
-        if len(recent) < 2:
-            return 1.0
-        return min(60.0, max(1.0, count * (now - recent[0]) / len(recent)))
+    def _admit_tokens(self, num_tokens: int) -> None:
+        """Bound the work that waits; a queue that is empty takes whatever fits the model."""
+        waiting, limit = self._backlog.num_waiting_tokens, self.max_queue_tokens
+        excess = 0 if limit is None else waiting + num_tokens - limit
+        if waiting and excess > 0:
+            raise QueueFullError(
+                f"{waiting} tokens wait for their first step and this request has {num_tokens} "
+                f"with its max_tokens; the limit is {limit}",
+                retry_after_s=self._backlog.time_for_tokens(min(waiting, excess)),
+            )
 
 
 def _check_fits(request: SequenceRequest, info: ModelInfo) -> None:

@@ -46,6 +46,7 @@ class EngineProcess:
             folder = Path(tempfile.mkdtemp(prefix="vitrine-", dir="/tmp"))
         recorder.create(folder)
         environment = dict(os.environ)
+        environment.pop("VITRINE_API_KEYS", None)  # no business of the engine's
         set_wait_policy(environment)
         process = subprocess.Popen(  # noqa: S603 - our own module, no shell
             [sys.executable, "-m", ENGINE_MODULE, _endpoint(folder)],

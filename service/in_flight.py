@@ -16,6 +16,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from service.backlog import Backlog
 from service.engine.messages import (
     Abort,
     EngineFinish,
@@ -48,10 +49,11 @@ class InFlight:
     `engine_ready` and `engine_lost`. It may raise `MessageTooLargeError`.
     """
 
-    def __init__(self, send: Callable[[ToEngine], None]) -> None:
+    def __init__(self, send: Callable[[ToEngine], None], backlog: Backlog) -> None:
         self.nothing = asyncio.Event()  # set while nothing is in flight
         self.nothing.set()
         self._send = send
+        self._backlog = backlog
         self._has_engine = False
         self._ids = itertools.count(1)
         self._entries: dict[int, JournalEntry] = {}
@@ -67,6 +69,7 @@ class InFlight:
         entries = [JournalEntry(next(self._ids), request, self.drop) for request in requests]
         for entry in entries:
             self._entries[entry.id] = entry
+            self._backlog.add(entry.id, entry.request.num_tokens)
             self.nothing.clear()
         self._send_due()
         return entries
@@ -109,24 +112,26 @@ class InFlight:
                 words = f"{num_engines} engines in a row died while they computed this request"
                 self.end(entry, "error", words)
 
-    def deliver(self, output: SequenceOutput) -> bool:
-        """Book what the engine sent; True when that ended a sequence."""
+    def deliver(self, output: SequenceOutput) -> None:
+        """Book what the engine sent."""
         entry = self._entries.get(output.id)
         if entry is None:
-            return False  # cancelled while this was on its way
+            return  # cancelled while this was on its way
         was_suspect = _is_suspect(entry)
         entry.deaths = entry.kills = 0
         entry.receive(output)
-        is_end = output.finish_reason is not None
-        if is_end:
+        if output.token_ids:
+            self._backlog.started(entry.id)
+        if output.finish_reason is not None:
             self._forget(entry)
         if was_suspect:
             self._send_due()
-        return is_end
 
     def _forget(self, entry: JournalEntry) -> bool:
         """Take an ended sequence out; False when it was not in."""
         was_there = self._entries.pop(entry.id, None) is not None
+        if was_there:
+            self._backlog.ended(entry.id)
         if not self._entries:
             self.nothing.set()
         return was_there

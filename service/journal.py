@@ -23,6 +23,11 @@ class SequenceRequest:
     sampling: SamplingParams
     priority: int = 0
 
+    @property
+    def num_tokens(self) -> int:
+        """What it may take at most."""
+        return len(self.prompt_token_ids) + self.sampling.max_tokens
+
 
 class TokenStream(Protocol):
     """The outputs of one sequence, as the API reads them. Nothing here waits, so nothing that
@@ -35,6 +40,11 @@ class TokenStream(Protocol):
     def take(self) -> SequenceOutput | None:
         """Everything that came since the last call, merged into one output; None when that is
         nothing. The output with a `finish_reason` is the last."""
+        ...
+
+    @property
+    def num_received(self) -> int:
+        """Tokens that the engine generated for it so far, whether they were read or not."""
         ...
 
     def cancel(self) -> None:
@@ -84,6 +94,10 @@ class JournalEntry:
             queue_s=self._timing[0],
             prefill_s=self._timing[1],
         )
+
+    @property
+    def num_received(self) -> int:
+        return len(self.token_ids)
 
     def cancel(self) -> None:
         self.drop(self)

@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 
 from service.engine.messages import EngineConfig
+from service.logs import LogFormat, LogLevel
 
 ENVIRONMENT_PREFIX = "VITRINE_"
 GIB = 2**30
@@ -100,6 +101,21 @@ class Settings(ModelSettings):
     max_queue_requests: int = Field(
         256, ge=0, description="requests that may wait beyond max-num-seqs before 429"
     )
+    max_queue_tokens: int = Field(
+        2**20,
+        ge=1,
+        description="prompt and max_tokens of all requests that wait for their first token, "
+        "together, before 429; into an empty queue goes any request",
+    )
+    max_requests_per_key: int | None = Field(
+        None, ge=1, description="requests of one API key in flight before 429; without it, any"
+    )
+    max_tokens_per_minute_per_key: int | None = Field(
+        None,
+        ge=1,
+        description="tokens of one API key, prompts and max_tokens, before 429; without it, any",
+    )
+    max_connections: int = Field(4096, ge=1, description="open connections at most")
     max_body_bytes: int = Field(4 * 2**20, ge=1024, description="largest request body")
     request_timeout_s: float = Field(
         600.0, gt=0, description="longest time a request may take, and the default of timeout_s"
@@ -126,7 +142,27 @@ class Settings(ModelSettings):
         description="keep a second engine process that has its libraries loaded (150 MB) and "
         "no weights: a dead engine is replaced a second or two sooner",
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="of logs")
+    cors_origins: str | None = Field(
+        None,
+        description="origins whose pages may call this server from a browser, separated by commas "
+        "(https://example.org), or *; without it, none",
+    )
+    tls_cert: Path | None = Field(
+        None, description="certificate chain (PEM); with it the server speaks HTTPS only"
+    )
+    tls_key: Path | None = Field(None, description="private key of tls-cert, if not in that file")
+    tls_client_ca: Path | None = Field(
+        None, description="authorities (PEM): ask every client for a certificate of theirs"
+    )
+    log_level: LogLevel = Field("info", description="of logs")
+    log_format: LogFormat = Field(
+        "auto", description="json, console, or auto: console on a terminal, else json"
+    )
+    otlp_endpoint: str | None = Field(
+        None,
+        description="send traces to this OpenTelemetry collector (OTLP over HTTP), as "
+        "OTEL_EXPORTER_OTLP_ENDPOINT does; needs vitrine[otel]",
+    )
 
 
 def read_settings(kind: type[T], arguments: list[str]) -> T:

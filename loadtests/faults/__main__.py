@@ -17,6 +17,7 @@ NAMES: dict[str, str] = {
     "connections": "loadtests.faults.connections",
     "disconnects": "loadtests.faults.disconnects",
     "never-read": "loadtests.faults.never_read",
+    "schema": "loadtests.faults.schema",
 }
 
 

@@ -54,12 +54,8 @@ class PackedLinear:
 
     def unpacked(self) -> Float[Tensor, "out_features in_features"]:
         """The weight as it was, or as int8 left it; bfloat16 for int8."""
-        weight = self.weight
-        if self.kind == "float32":
-            rows = weight.permute(0, 2, 1)
-        else:
-            rows = weight.permute(0, 2, 1, 3)
-        rows = rows.reshape(-1, self.in_features)
+        outputs_first = (0, 2, 1) if self.kind == "float32" else (0, 2, 1, 3)
+        rows = self.weight.permute(outputs_first).reshape(-1, self.in_features)
         if self.scale is not None:
             rows = (rows.float() * self.scale[:, None]).bfloat16()
         if self.gated:
@@ -105,7 +101,8 @@ def pack(linear: Linear, kind: WeightKind, *, gated: bool = False) -> PackedLine
 
 def _gates_alternating(rows: Float[Tensor, "two_sizes width"]) -> Float[Tensor, "two_sizes width"]:
     gate, up = (half.unflatten(0, (-1, LANES)) for half in rows.chunk(2))
-    return torch.stack((gate, up), dim=1).flatten(0, 2)
+    alternating: Tensor = torch.stack((gate, up), dim=1).flatten(0, 2)
+    return alternating
 
 
 def _gates_apart(rows: Float[Tensor, "two_sizes width"]) -> Float[Tensor, "two_sizes width"]:

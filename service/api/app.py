@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Lifespan
 
 from model.tokenizer import Tokenizer
 from service.api import (
+    docs,
     errors,
     generate,
     openai_chat,
@@ -24,8 +26,10 @@ from service.api.context import ApiContext
 from service.api.generation import ActiveGenerations
 from service.api.identity import ApiKeyMiddleware
 from service.api.limits import ApiLimits
-from service.api.middleware import BodyLimitMiddleware, RequestIdMiddleware
+from service.api.middleware import BodyLimitMiddleware, HeaderLimitMiddleware, LingerMiddleware
+from service.api.quotas import KeyQuotas
 from service.api.resumable import ResumableStreams
+from service.api.visit import Visit, VisitMiddleware, log_line
 from service.chat_renderer import ChatRenderer
 from service.client import Engine
 from service.metrics import Metrics
@@ -41,11 +45,13 @@ def create_app(
     *,
     chat_renderer: Callable[[], ChatRenderer | None] = lambda: None,
     lifespan: Lifespan[Any] | None = None,
+    on_complete: Iterable[Callable[[Visit], None]] = (log_line,),
 ) -> FastAPI:
     """The ASGI application; importing and making it loads no model.
 
     `tokenizer` returns None while it is being loaded, `chat_renderer` while the tokenizer is, and
-    for a model without a chat template. `app.state.context` is the `ApiContext`.
+    for a model without a chat template. `app.state.context` is the `ApiContext`. `on_complete` is
+    told of each request that is over.
     """
     metrics = Metrics()
     metrics.watch_engine(lambda: engine.stats, lambda: engine.health)
@@ -66,14 +72,34 @@ def create_app(
         title="Vitrine",
         description=DESCRIPTION,
         redirect_slashes=False,
+        docs_url=None,
         redoc_url=None,
         lifespan=lifespan,
     )
     app.state.context = context
     # The last added is the first that a request meets.
-    app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes)
+    app.add_middleware(
+        BodyLimitMiddleware, max_bytes=settings.max_body_bytes, max_s=settings.body_timeout_s
+    )
     app.add_middleware(ApiKeyMiddleware, keys=settings.api_keys)
-    app.add_middleware(RequestIdMiddleware)
+    if settings.cors_origins:  # outside of the keys: a browser's preflight brings none
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["Authorization", "Content-Type", "Last-Event-ID", "X-Request-Id"],
+            expose_headers=["Retry-After", "X-Request-Id"],
+        )
+    app.add_middleware(HeaderLimitMiddleware)
+    app.add_middleware(LingerMiddleware)
+
+    def count_strangers(visit: Visit) -> None:
+        """They come no further than the keys; the routes count what they refuse themselves."""
+        if errors.problem_kind_of(visit.scope) == "unauthorized":
+            metrics.rejected("unauthorized")
+
+    quotas = KeyQuotas(settings.max_requests_per_key, settings.max_tokens_per_minute_per_key)
+    app.add_middleware(VisitMiddleware, quotas=quotas, on_complete=(count_strangers, *on_complete))
     errors.install(app)
     for module in (
         generate,
@@ -85,5 +111,6 @@ def create_app(
         operations,
     ):
         app.include_router(module.routes(context))
-    openapi.install(app)
+    openapi.install(app, has_keys=bool(settings.api_keys))
+    docs.install(app)
     return app

@@ -34,6 +34,7 @@ _OPENAI_CODES = {
     "unauthorized": "invalid_api_key",
 }
 TAG_MARK = "~"  # begins the names of union branches, which are no part of a field's path
+_STATE = "problem_kind"
 _MAX_SHOWN_CHARS = 80
 _MAX_SHOWN_ERRORS = 5
 
@@ -114,6 +115,7 @@ class ProblemError(Exception):
 
     def response(self, scope: Scope) -> Response:
         """The answer to the request of this scope, in the words of its route."""
+        _note_kind(scope, self.kind)
         if scope["path"].startswith(OPENAI_PATHS):
             body, media_type = msgspec.json.encode(self.openai_error()), "application/json"
         else:
@@ -171,6 +173,16 @@ def request_id_of(request: Request) -> str:
     """The id that the middleware gave this request."""
     request_id: str = request.state.request_id
     return request_id
+
+
+def problem_kind_of(scope: Scope) -> str | None:
+    """The kind of problem that a request was answered with, if it was."""
+    kind: str | None = scope["state"].get(_STATE)
+    return kind
+
+
+def _note_kind(scope: Scope, kind: str) -> None:
+    scope["state"][_STATE] = kind
 
 
 def install(app: FastAPI) -> None:

@@ -25,6 +25,7 @@ from service.api.identity import key_name_of
 from service.api.openapi import describe
 from service.api.schemas import GenerateRequest
 from service.api.sse import EventStreamResponse
+from service.api.visit import visit_of
 from service.api.whole import whole_continuations
 
 DESCRIPTION = """Continues a prompt.
@@ -65,7 +66,7 @@ def routes(context: ApiContext) -> APIRouter:
             _check_id(plan.key, context, is_kept=body.detach_s > 0)
             if body.detach_s > 0:
                 context.resumable.make_room()
-            generation = context.generations.admit(plan, tokenizer)
+            generation = context.generations.admit([plan], tokenizer, visit_of(request))
         # From here on the request is in flight: no await before somebody will call `abort`.
         if body.stream:
             writer = EventWriter(generation, tokenizer, context.model_name)

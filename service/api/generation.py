@@ -13,6 +13,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from model.sampling_params import SamplingParams
 from model.tokenizer import IncrementalDecoder, Tokenizer
@@ -54,6 +55,11 @@ class Plan:
     def key(self) -> RequestKey:
         return self.owner, self.request_id
 
+    @property
+    def num_tokens(self) -> int:
+        """What it may take at most: the prompt, and max_tokens of each continuation."""
+        return len(self.prompt_token_ids) + sum(one.max_tokens for one in self.samplings)
+
 
 @dataclass(frozen=True, slots=True)
 class Failed:
@@ -65,11 +71,36 @@ class Failed:
 Item = Delta | Done | Failed
 
 
+class Ticket(Protocol):
+    """What a caller has for a request that began."""
+
+    def withdraw(self) -> None:
+        """The engine did not take it."""
+        ...
+
+    def ended(self, generation: Generation, outcome: Outcome) -> None:
+        """It ended; called once."""
+        ...
+
+
+class Caller(Protocol):
+    """Whoever a request is for: asked before it begins, and told how it ended."""
+
+    def begin(self, num_tokens: int) -> Ticket:
+        """`num_tokens` is what the request may take at most. Raises `ProblemError` when the
+        caller may not have it now."""
+        ...
+
+
 class Generation:
     """One admitted request. Whoever made it calls `abort` at the end, whatever happened."""
 
     def __init__(
-        self, plans: list[Plan], continuations: list[Continuation], house: ActiveGenerations
+        self,
+        plans: list[Plan],
+        continuations: list[Continuation],
+        house: ActiveGenerations,
+        ticket: Ticket,
     ) -> None:
         """Of `ActiveGenerations.admit` alone."""
         plan = plans[0]
@@ -77,6 +108,7 @@ class Generation:
         self.plans = plans  # one for each prompt of the request; the first is `plan`
         self.continuations = continuations
         self._house = house
+        self._ticket = ticket
         self._open = list(continuations)
         self._settled = False
         self._last_items: list[Item] = []  # of a request that we ended, until they are read
@@ -88,6 +120,12 @@ class Generation:
         self._next_s = 0.0  # not before, on this clock, does `next` give anything
         # Not checked when the client reads: the request must end though it never reads.
         self._deadline = loop.call_at(plan.arrived_s + plan.timeout_s, self.end, "timeout")
+
+    @property
+    def num_tokens_used(self) -> int:
+        """Its prompt, and all that the engine generated for it, read or not."""
+        generated = sum(one.stream.num_received for one in self.continuations)
+        return sum(len(plan.prompt_token_ids) for plan in self.plans) + generated
 
     async def next(self) -> list[Item]:
         """What is new, at least one item; an empty list when everything was said."""
@@ -186,6 +224,7 @@ class Generation:
             continuation.stream.cancel()
         self._house.forget(self)
         self._house.metrics.ended(outcome, reason)
+        self._ticket.ended(self, outcome)
 
 
 class ActiveGenerations:
@@ -206,19 +245,23 @@ class ActiveGenerations:
         pause_s = self._engine.stats.num_running / self._max_events_s
         return min(pause_s, _LONGEST_PAUSE_S) if pause_s > _SHORTEST_PAUSE_S else 0.0
 
-    def admit(self, plan: Plan, tokenizer: Tokenizer, more: Sequence[Plan] = ()) -> Generation:
-        """Submit all continuations, or raise what `Engine.submit` raises.
+    def admit(self, plans: list[Plan], tokenizer: Tokenizer, caller: Caller) -> Generation:
+        """Submit all continuations, or raise what `Caller.begin` or `Engine.submit` raises.
 
-        `more`: further prompts of the same request, whose continuations are counted on after
-        those of `plan`; all are admitted or none.
+        `plans` are the prompts of one request, whose continuations are counted through; all are
+        admitted or none.
         """
-        plans = [plan, *more]
         planned = [(one, sampling) for one in plans for sampling in one.samplings]
         requests = [
             SequenceRequest(one.prompt_token_ids, sampling, one.priority)
             for one, sampling in planned
         ]
-        streams = self._engine.submit(requests, plan.timeout_s)
+        ticket = caller.begin(sum(plan.num_tokens for plan in plans))
+        try:
+            streams = self._engine.submit(requests, plans[0].timeout_s)
+        except Exception:
+            ticket.withdraw()
+            raise
         continuations = []
         for index, (stream, (one, sampling)) in enumerate(zip(streams, planned, strict=True)):
             decoder = IncrementalDecoder(tokenizer, one.prompt_token_ids)
@@ -234,7 +277,7 @@ class ActiveGenerations:
                     arrived_s=one.arrived_s,
                 )
             )
-        generation = Generation(plans, continuations, self)
+        generation = Generation(plans, continuations, self, ticket)
         self._active.add(generation)
         self.metrics.accepted(sum(len(one.prompt_token_ids) for one in plans))
         return generation

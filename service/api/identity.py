@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service.api.errors import ProblemError
 from service.api.keys import ApiKey, api_key_hash
 
-_OPEN_PATHS = "/health/"
+OPEN_PATHS = "/health/"
 _STATE = "api_key_name"
 
 
@@ -32,7 +32,7 @@ class ApiKeyMiddleware:
         self._keys = tuple(keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not self._keys or scope["path"].startswith(_OPEN_PATHS):
+        if scope["type"] != "http" or not self._keys or scope["path"].startswith(OPEN_PATHS):
             await self.app(scope, receive, send)
             return
         key = self._presented(scope)
@@ -46,7 +46,7 @@ class ApiKeyMiddleware:
             "this server asks for an API key: Authorization: Bearer <key>",
             headers={"WWW-Authenticate": "Bearer", "Connection": "close"},
         )
-        await error.response(scope["state"]["request_id"])(scope, receive, send)
+        await error.response(scope)(scope, receive, send)
 
     def _presented(self, scope: Scope) -> ApiKey | None:
         """The key that the request shows, if it is one of ours."""

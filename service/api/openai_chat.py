@@ -38,6 +38,7 @@ from service.api.openai_answers import (
 from service.api.openai_schemas import ChatRequest
 from service.api.openai_stream import Header, check_model, make_header, renamed, respond
 from service.api.openapi import describe
+from service.api.visit import visit_of
 from service.api.whole import Whole
 from service.chat_renderer import ChatBusyError
 
@@ -73,7 +74,7 @@ def routes(context: ApiContext) -> APIRouter:
                     wish, context, request_id, arrived_s, owner=key_name_of(request)
                 )
                 header = make_header("chatcmpl", request_id, context)
-                generation = context.generations.admit(plan, tokenizer)
+                generation = context.generations.admit([plan], tokenizer, visit_of(request))
         # From here on the request is in flight: no await before somebody will call `abort`.
         return await respond(request, context, body, generation, ChatShape(header, tokenizer))
 

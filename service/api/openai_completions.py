@@ -29,6 +29,7 @@ from service.api.openai_answers import (
 from service.api.openai_schemas import CompletionRequest
 from service.api.openai_stream import Header, check_model, make_header, renamed, respond
 from service.api.openapi import describe
+from service.api.visit import visit_of
 from service.api.whole import Whole
 from service.engine.messages import TokenLogprob
 
@@ -57,7 +58,7 @@ def routes(context: ApiContext) -> APIRouter:
             plans = await _plans(body, context, request, arrived_s)
             tokenizer, _ = context.loaded()
             header = make_header("cmpl", request_id, context)
-            generation = context.generations.admit(plans[0], tokenizer, plans[1:])
+            generation = context.generations.admit(plans, tokenizer, visit_of(request))
         # From here on the request is in flight: no await before somebody will call `abort`.
         shape = CompletionShape(header, tokenizer, plans)
         return await respond(request, context, body, generation, shape)

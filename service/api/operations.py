@@ -14,7 +14,7 @@ from service.api import answers
 from service.api.answers import HealthAnswer, InfoAnswer, KvCacheInfo
 from service.api.context import RETRY_AFTER_START_S, ApiContext
 from service.api.errors import ProblemError, retry_after
-from service.api.openapi import describe
+from service.api.openapi import describe, describe_text
 
 _SHOWN_PACKAGES = ("vitrine", "fastapi", "uvicorn", "pydantic", "msgspec", "tokenizers")
 
@@ -48,7 +48,7 @@ def routes(context: ApiContext) -> APIRouter:
     @router.get(
         "/metrics",
         summary="Metrics as Prometheus text, or OpenMetrics when asked for",
-        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+        **describe_text("text/plain", "application/openmetrics-text"),
     )
     async def metrics(request: Request) -> Response:
         data, content_type = context.metrics.exposition(request.headers.get("accept", ""))
@@ -67,7 +67,7 @@ def _version(package: str) -> str:
 def _info(context: ApiContext, versions: dict[str, str]) -> InfoAnswer:
     _, info = context.loaded()
     limits = asdict(context.limits)
-    del limits["api_keys"]
+    limits = {name: value for name, value in limits.items() if isinstance(value, int | float)}
     return InfoAnswer(
         model=context.model_name,
         family=info.family,

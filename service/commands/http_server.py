@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import socket
+import ssl
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -13,8 +14,7 @@ from types import FrameType
 import uvicorn
 
 from service.api.app import create_app
-from service.api.keys import ApiKey, KeyFileError, parse_keys
-from service.api.limits import ApiLimits
+from service.api.visit import log_line
 from service.client import EngineClient
 from service.commands.connections import (
     CHECK_S,
@@ -23,9 +23,12 @@ from service.commands.connections import (
     bound_send_buffers,
     cut,
 )
+from service.commands.door import api_limits, check_tls, warn_if_open
 from service.commands.loading import LoadedModel
+from service.http_protocol import ConnectionLimits, bounded
 from service.metrics import Metrics
 from service.settings import Settings, SettingsError
+from service.tracing import TracingError, start_tracing
 
 log = logging.getLogger("vitrine")
 
@@ -49,10 +52,13 @@ class DrainingServer(uvicorn.Server):
         client: EngineClient,
         slow_reader_s: float,
         on_slow_reader: Callable[[], None],
+        on_end: Callable[[], None] | None = None,
     ) -> None:
+        """`on_end` is called when the last answer is out, off the event loop."""
         super().__init__(config)
         self.slow_reader_s = slow_reader_s
         self.slow_readers = SlowReaders(on_slow_reader)
+        self.on_end = on_end
         self.stop_asked = asyncio.Event()
         self._client = client
         self._loop = asyncio.get_running_loop()
@@ -85,6 +91,8 @@ class DrainingServer(uvicorn.Server):
             await super().shutdown(sockets)
         finally:
             hang_up.cancel()
+        if self.on_end is not None:
+            await asyncio.to_thread(self.on_end)
 
     def _hang_up(self) -> None:
         for connection in self.connections:
@@ -93,37 +101,51 @@ class DrainingServer(uvicorn.Server):
 
 
 def make_server(settings: Settings, client: EngineClient, model: LoadedModel) -> DrainingServer:
-    """The server, listening where the settings say once `serve()` runs."""
-    limits = ApiLimits(
-        max_body_bytes=settings.max_body_bytes,
-        request_timeout_s=settings.request_timeout_s,
-        keep_alive_s=settings.keep_alive_s,
-        max_events_s=settings.max_events_s,
-        max_detachable=settings.max_detachable,
-        max_detach_bytes=settings.max_detach_bytes,
-        api_keys=read_api_keys(settings.api_key_file, settings.api_keys),
-    )
+    """The server, listening where the settings say once `serve()` runs. Raises `SettingsError`."""
+    check_tls(settings)
+    limits = api_limits(settings)
+    warn_if_open(settings.host, has_keys=bool(limits.api_keys), has_tls=bool(settings.tls_cert))
+    name = served_name(settings)
+    try:
+        tracing = start_tracing(settings.otlp_endpoint, name)
+    except TracingError as error:
+        raise SettingsError(f"--otlp-endpoint: {error}") from None
+    told = [log_line] if tracing is None else [log_line, tracing.on_complete]
     app = create_app(
         limits,
         client,
         model.get_tokenizer,
-        served_name(settings),
+        name,
         chat_renderer=model.get_chat_renderer,
+        on_complete=told,
     )
     config = uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
+        http=bounded(ConnectionLimits(max_connections=settings.max_connections)),
+        ws="none",
         log_config=None,
         access_log=False,
         server_header=False,
         backlog=BACKLOG,
         timeout_graceful_shutdown=int(2 * LAST_BYTES_S),
         lifespan="off",  # what starts and ends with the server does so in serve.py
+        # Nothing here depends on what a proxy says of the client, and anyone could say it.
+        proxy_headers=False,
         timeout_keep_alive=75,
+        ssl_certfile=settings.tls_cert,
+        ssl_keyfile=settings.tls_key,
+        ssl_ca_certs=settings.tls_client_ca,
+        ssl_cert_reqs=ssl.CERT_NONE if settings.tls_client_ca is None else ssl.CERT_REQUIRED,
     )
+    try:
+        config.load()  # reads the certificates
+    except OSError as error:  # ssl's errors are of this kind
+        raise SettingsError(f"--tls-cert, --tls-key or --tls-client-ca: {error}") from None
     metrics: Metrics = app.state.context.metrics
-    server = DrainingServer(config, client, settings.slow_reader_s, metrics.slow_reader)
+    on_end = None if tracing is None else tracing.shutdown
+    server = DrainingServer(config, client, settings.slow_reader_s, metrics.slow_reader, on_end)
     loop = asyncio.get_running_loop()
     metrics.watch("journal_entries", "Sequences in the journal.", lambda: client.in_flight)
     metrics.watch("http_connections", "Open connections.", lambda: len(server.connections))
@@ -141,29 +163,6 @@ def served_name(settings: Settings) -> str:
     # Not Path.is_dir: it raises where the name is longer than the system's limit.
     is_directory = os.path.isdir(settings.model)  # noqa: PTH112
     return Path(settings.model).resolve().name if is_directory else settings.model
-
-
-def read_api_keys(path: Path | None, from_environment: str | None = None) -> tuple[ApiKey, ...]:
-    """The keys of a file, one a line, and of VITRINE_API_KEYS, separated by commas (both as
-    `service.api.keys.parse_keys` has it).
-
-    Raises `SettingsError` for a file that cannot be read, a line that holds no key, and for no
-    key at all: a server that was told to ask for keys must not run without.
-    """
-    if path is None and from_environment is None:
-        return ()
-    lines = [] if from_environment is None else from_environment.split(",")
-    where = "VITRINE_API_KEYS"
-    try:
-        keys = parse_keys(lines)
-        if path is not None:
-            where = f"--api-key-file {path}"
-            keys = parse_keys([*path.read_text().splitlines(), *lines])
-    except (OSError, UnicodeDecodeError, KeyFileError) as error:
-        raise SettingsError(f"{where}: {error}") from None
-    if not keys:
-        raise SettingsError(f"{where} holds no key")
-    return keys
 
 
 async def watch_connections(server: DrainingServer) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import sys
 from contextlib import suppress
 from pathlib import Path
 
+from service import logs
 from service.client import EngineClient
 from service.commands import CommandError
 from service.commands.early_signals import EarlySignals
@@ -18,19 +17,17 @@ def run(arguments: list[str]) -> int:
     """Serve until SIGTERM or Ctrl-C. Raises `CommandError` when the engine cannot start."""
     settings = read_settings(Settings, arguments)
     engine_config(settings, Path())  # settings that disagree are refused before anything starts
-    logging.basicConfig(
-        level=settings.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
+    logs.tell_children(settings.log_level, settings.log_format)
     client = EngineClient(
         max_in_flight=settings.max_num_seqs + settings.max_queue_requests,
+        max_queue_tokens=settings.max_queue_tokens,
         stall_s=settings.stall_s,
         standby=settings.standby,
     )
     early = EarlySignals()
     # First of all: torch takes seconds to import, and does so while this process goes on.
     client.spawn()
+    logs.configure(settings.log_level, settings.log_format)
     try:
         asyncio.run(_serve(settings, client, early))
     except SystemExit:  # uvicorn's way to say that it could not listen; its log has the reason

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import zmq
 
+from service import logs
 from service.engine.heartbeat import HEARTBEAT_S, Heartbeat
 from service.engine.messages import (
     MAX_MESSAGE_BYTES,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 def main() -> int:
     """Serve one API process until it says so or goes away."""
+    logs.configure_from_environment()
     # Ctrl-C reaches every process of the terminal; the API decides when the engine ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()

@@ -51,6 +51,8 @@ class FakeStream:
     taken: asyncio.Event = field(default_factory=asyncio.Event)  # or nobody will take it
     _news: asyncio.Event | None = None
 
+    num_received: int = 0
+
     def give(
         self,
         *token_ids: int,
@@ -71,6 +73,7 @@ class FakeStream:
             logprobs = [
                 TokenLogprob(i, -0.5, 1, [(j, -1.0 - j) for j in range(count)]) for i in ids
             ]
+        self.num_received += len(token_ids)
         self._pending = SequenceOutput(
             id=0,
             token_ids=ids,

@@ -42,6 +42,7 @@ async def test_api_keys(house: Houses) -> None:
                 assert response.headers["www-authenticate"] == "Bearer"
             check_problem(await client.get(path), 401)
     assert len(h.engine.requests) == 2
+    assert h.counts()["requests_rejected_total:unauthorized"] == 7 * (len(wrong) + 1)
 
 
 async def test_the_name_of_the_key_is_known_to_the_routes(house: Houses) -> None:

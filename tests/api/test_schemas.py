@@ -231,7 +231,11 @@ json_values = st.recursive(
 field_names = st.sampled_from([field for field, _, _ in BOUNDS]) | st.text(st.characters())
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    max_examples=150,
+    deadline=None,
+)
 @given(st.dictionaries(field_names, json_values, max_size=4))
 async def test_no_body_is_a_server_error(house: Houses, body: dict[str, Any]) -> None:
     """Whatever is in the fields: it runs, or it is refused in words."""

@@ -265,6 +265,17 @@ def test_a_tiny_temperature_is_greedy_and_not_an_overflow() -> None:
         assert draw_one(logits, temperature=temperature) == 1
 
 
+@pytest.mark.parametrize("penalty", [5e-324, 1e-45, 1e-38, 1e-20])
+@pytest.mark.parametrize("temperature", [0.0, 5e-324, 1e-6, 1.0])
+def test_a_tiny_repetition_penalty_is_no_overflow(penalty: float, temperature: float) -> None:
+    """As float32 it is 0, or small enough to make a logit infinite: the request failed with 500."""
+    params = SamplingParams(repetition_penalty=penalty, temperature=temperature, logprobs=3)
+    row = SamplingRow(params, 0, prompt_token_ids=[1, 3], output_token_ids=[0])
+    sampled = draw(torch.tensor([[-5.0, 20.0, 30.0, 90.0, 0.0]]), [row])
+    assert sampled.bad_rows == {}
+    assert sampled.token_ids.tolist() == [3]
+
+
 def test_zero_and_minus_zero_are_equal() -> None:
     assert largest(torch.tensor([[-0.0, 0.0, -1.0, -0.0, 0.0]]), 4).tolist() == [[0, 1, 3, 4]]
 

@@ -10,6 +10,7 @@ import asyncio
 import pytest
 
 from model.sampling_params import SamplingParams
+from service.backlog import Backlog
 from service.client import (
     EngineClient,
     EngineUnavailableError,
@@ -29,6 +30,7 @@ from service.engine.messages import (
 )
 from service.in_flight import NOT_KNOWN
 from service.journal import JournalEntry, SequenceRequest
+from tests.api.test_quotas import Clock
 
 INFO = ModelInfo(
     family="llama",
@@ -222,3 +224,32 @@ async def test_what_drains_too_long_ends_as_cancelled(engine: PlayedEngine) -> N
     assert isinstance(engine.inbox[-1], Abort)
     with pytest.raises(EngineUnavailableError, match="shutting down"):
         engine.submit()
+
+
+async def test_tokens_that_wait_are_bounded(engine: PlayedEngine) -> None:
+    """A sequence counts as its 3 + 9 tokens until its first token is there."""
+    engine.client.max_queue_tokens = 30
+    first, second = engine.submit(2)
+    with pytest.raises(QueueFullError, match=r"24 tokens wait .* has 12 .* the limit is 30") as no:
+        engine.submit()
+    assert no.value.retry_after_s >= 1
+    engine.says(SequenceOutput(first.id, [7]))
+    (third,) = engine.submit()
+    with pytest.raises(QueueFullError):
+        engine.submit()
+    second.cancel()
+    third.cancel()
+    assert len(engine.submit(3)) == 3, "into an empty queue goes whatever fits the model"
+
+
+async def test_a_full_queue_tells_the_measured_wait(engine: PlayedEngine) -> None:
+    clock = Clock()
+    engine.client._backlog = Backlog(clock)
+    entries = engine.submit(8)
+    for entry in entries[:4]:
+        clock.now_s += 5
+        engine.says(SequenceOutput(entry.id, [7], finish_reason="length"))
+    engine.submit(4)
+    with pytest.raises(QueueFullError) as refused:
+        engine.submit(3)
+    assert refused.value.retry_after_s == pytest.approx(15)

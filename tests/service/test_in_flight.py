@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from model.sampling_params import SamplingParams
+from service.backlog import Backlog
 from service.engine.messages import (
     Abort,
     MessageTooLargeError,
@@ -85,7 +86,7 @@ class Journal(RuleBasedStateMachine):
         self.in_flight = self.loop.run_until_complete(self._make())
 
     async def _make(self) -> InFlight:
-        return InFlight(self._send)
+        return InFlight(self._send, Backlog())
 
     def _send(self, message: ToEngine) -> None:
         assert self.engine is not None, "a message to nobody"
@@ -210,7 +211,7 @@ async def test_what_cannot_be_sent_ends_with_the_numbers() -> None:
     def refuse(message: ToEngine) -> None:
         raise MessageTooLargeError("a Submit message of 9 bytes was to be sent; the limit is 8")
 
-    in_flight = InFlight(refuse)
+    in_flight = InFlight(refuse, Backlog())
     in_flight.engine_ready()
     (entry,) = in_flight.add([SequenceRequest([1], SamplingParams())])
     output = await entry.next()

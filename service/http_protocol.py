@@ -1,0 +1,136 @@
+"""uvicorn's HTTP/1.1 connection, with the bounds it leaves open: how long and how large the head
+of a request may be, and how many connections there are.
+
+The parser (httptools) keeps collecting a header that never ends, and a connection that sends
+nothing is kept for ever: each would let a stranger take memory or sockets for free. Bodies are
+bounded by the app (service/api/middleware.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from http import HTTPStatus
+
+import msgspec
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from service.api.errors import MEDIA_TYPE, ProblemError
+
+log = logging.getLogger("vitrine.connection")
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionLimits:
+    """Bounds of one server's connections."""
+
+    max_connections: int = 4096
+    max_silent_bytes: int = 64 * 1024  # received without a head, a piece of body or an end
+    head_s: float = 30.0  # from the connection, or a request's first byte, to the end of its head
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """One connection. Make a class with limits of its own by `bounded`."""
+
+    limits = ConnectionLimits()
+    _silent_bytes = 0
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self.limits.max_connections:
+            self._refuse(
+                ProblemError(
+                    "too-many-connections",
+                    503,
+                    f"{len(self.connections) - 1} connections are open, as many as there may be",
+                    headers={"Retry-After": "1"},
+                )
+            )
+            return
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():  # refused; what is still on its way is not read
+            return
+        # A head, its trailers and the extensions of its chunks all count until something comes of
+        # them: the callbacks below set this back to 0.
+        self._silent_bytes += len(data)
+        super().data_received(data)
+        if self._silent_bytes > self.limits.max_silent_bytes and not self.transport.is_closing():
+            self._refuse(
+                ProblemError(
+                    "headers-too-large",
+                    431,
+                    f"the head of the request is longer than {self.limits.max_silent_bytes} bytes",
+                )
+            )
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._await_head()
+
+    def on_headers_complete(self) -> None:
+        self._stop_timer()
+        self._silent_bytes = 0
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._silent_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._silent_bytes = 0
+        super().on_message_complete()
+
+    def _await_head(self) -> None:
+        self._stop_timer()
+        self._head_timer = self.loop.call_later(self.limits.head_s, self._head_is_late)
+
+    def _stop_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _head_is_late(self) -> None:
+        if self.flow.read_paused:  # it is we who do not read
+            self._await_head()
+            return
+        self._refuse(
+            ProblemError(
+                "head-timeout", 408, f"no whole request came within {self.limits.head_s:g} s"
+            )
+        )
+
+    def _refuse(self, error: ProblemError) -> None:
+        """Answer before there is a request, and close. Amid another's answer, close only."""
+        self._stop_timer()
+        if self.transport.is_closing():
+            return
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.write(_raw_response(error))
+        log.debug("a connection was closed: %s", error.detail)
+        self.transport.close()
+
+
+def bounded(limits: ConnectionLimits) -> type[BoundedProtocol]:
+    """The protocol with these limits; uvicorn makes one for each connection, from the class."""
+    return type("BoundedProtocol", (BoundedProtocol,), {"limits": limits})
+
+
+def _raw_response(error: ProblemError) -> bytes:
+    body = msgspec.json.encode(error.problem("none"))
+    headers = {
+        "content-type": MEDIA_TYPE,
+        "content-length": str(len(body)),
+        "connection": "close",
+        **error.headers,
+    }
+    head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    status = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\n"
+    return f"{status}{head}\r\n".encode("ascii") + body
