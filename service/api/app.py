@@ -14,6 +14,7 @@ from service.api.context import ApiContext
 from service.api.generation import ActiveGenerations
 from service.api.limits import ApiLimits
 from service.api.middleware import ApiKeyMiddleware, BodyLimitMiddleware, RequestIdMiddleware
+from service.api.structured_output import Checker
 from service.client import Engine
 from service.metrics import Metrics
 
@@ -26,11 +27,13 @@ def create_app(
     tokenizer: Callable[[], Tokenizer | None],
     model_name: str,
     *,
+    grammars: Checker | None = None,
     lifespan: Lifespan[Any] | None = None,
 ) -> FastAPI:
     """The ASGI application; importing and making it loads no model.
 
-    `tokenizer` returns None while it is being loaded. `app.state.context` is the `ApiContext`.
+    `tokenizer` returns None while it is being loaded; without `grammars`, requests for
+    structured output are refused. `app.state.context` is the `ApiContext`.
     """
     metrics = Metrics()
     metrics.watch_engine(lambda: engine.stats)
@@ -41,6 +44,7 @@ def create_app(
         model_name=model_name,
         metrics=metrics,
         generations=ActiveGenerations(engine, metrics),
+        grammars=grammars,
     )
     app = FastAPI(
         title="Vitrine",

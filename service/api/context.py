@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from model.tokenizer import Tokenizer
 from service.api.generation import ActiveGenerations
 from service.api.limits import ApiLimits
+from service.api.structured_output import Checker
 from service.client import Engine, EngineUnavailableError
 from service.engine.messages import ModelInfo
 from service.metrics import Metrics
@@ -25,6 +26,7 @@ class ApiContext:
     model_name: str
     metrics: Metrics
     generations: ActiveGenerations
+    grammars: Checker | None  # None: the library is not installed
 
     def loaded(self) -> tuple[Tokenizer, ModelInfo]:
         """The tokenizer and what the model is.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from model.sampling_params import SamplingParams
 from model.tokenizer import IncrementalDecoder, Tokenizer
 from service.api.continuation import Continuation, Delta, Done
-from service.api.errors import ProblemError, from_exception
+from service.api.errors import ProblemError, from_exception, invalid_field
 from service.api.text import AnswerText, StopStrings
 from service.client import Engine, EngineUnavailableError
 from service.engine.messages import SequenceOutput
@@ -151,7 +151,8 @@ class Generation:
         if continuation.done is not None:
             self._open.remove(continuation)
         if output.finish_reason == "error":
-            return [*items, *self._fail(_sequence_error(continuation), "cancelled")]
+            error = _sequence_error(continuation, self.plan, output)
+            return [*items, *self._fail(error, "cancelled")]
         return items
 
     def _end_open(self, finish_reason: str) -> list[Item]:
@@ -235,7 +236,14 @@ def _forget(task: asyncio.Task[SequenceOutput]) -> None:
         task.exception()
 
 
-def _sequence_error(continuation: Continuation) -> ProblemError:
+def _sequence_error(continuation: Continuation, plan: Plan, output: SequenceOutput) -> ProblemError:
+    grammar = plan.samplings[continuation.index].grammar
+    if output.is_grammar_error and grammar is not None:
+        return invalid_field(
+            grammar.field,
+            f"continuation {continuation.index} cannot go on after {continuation.num_tokens} "
+            f"tokens: {output.error}",
+        )
     return ProblemError(
         "generation-failed",
         500,

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
 from service.api.errors import TAG_MARK
+from service.api.request_body import RequestBody
+from service.api.response_format import ResponseFormat
 
 MAX_SEED = 2**63 - 1
 MAX_TOKEN_ID = 2**31 - 1
 DEFAULT_MAX_TOKENS = 128
+MAX_REGEX_CHARS = 8_192
+MAX_GRAMMAR_CHARS = 32_768
 _TEXT, _LIST = f"{TAG_MARK}text", f"{TAG_MARK}list"
 
 
@@ -66,12 +70,6 @@ Biases = Annotated[
 ]
 
 
-class RequestBody(BaseModel):
-    """What all request bodies share."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
 class GenerateRequest(RequestBody):
     """Continue a prompt."""
 
@@ -115,6 +113,22 @@ class GenerateRequest(RequestBody):
         [], max_length=64, fail_fast=True, description="Tokens that end a continuation."
     )
     ignore_eos: bool = Field(False, description="Go on past the model's end of text.")
+    regex: str | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_REGEX_CHARS,
+        description="A regular expression (Rust's syntax) that the whole text fits. At most one of "
+        "regex, grammar and response_format; none of them with min_tokens or ignore_eos.",
+    )
+    grammar: str | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_GRAMMAR_CHARS,
+        description="A Lark grammar, as llguidance reads it, that the whole text fits.",
+    )
+    response_format: ResponseFormat | None = Field(
+        None, description="OpenAI's: text, json_object, or json_schema with a schema."
+    )
     logprobs: int | None = Field(
         None,
         ge=0,

@@ -13,6 +13,7 @@ from service.api.app import create_app
 from service.api.limits import ApiLimits, api_key_hash
 from service.client import EngineClient
 from service.commands.loading import LoadedModel
+from service.grammars.checker import GrammarChecker
 from service.settings import Settings, SettingsError
 
 log = logging.getLogger("vitrine")
@@ -39,7 +40,12 @@ class DrainingServer(uvicorn.Server):
         self._loop.call_soon_threadsafe(self.stop_asked.set)
 
 
-def make_server(settings: Settings, client: EngineClient, model: LoadedModel) -> DrainingServer:
+def make_server(
+    settings: Settings,
+    client: EngineClient,
+    model: LoadedModel,
+    grammars: GrammarChecker | None,
+) -> DrainingServer:
     """The server, listening where the settings say once `serve()` runs."""
     limits = ApiLimits(
         max_body_bytes=settings.max_body_bytes,
@@ -48,7 +54,13 @@ def make_server(settings: Settings, client: EngineClient, model: LoadedModel) ->
         api_key_hashes=read_api_keys(settings.api_key_file),
     )
     name = settings.served_model_name or settings.model or BUNDLED_MODEL_NAME
-    app = create_app(limits, client, model.get_tokenizer, name.rstrip("/").rsplit("/", 1)[-1])
+    app = create_app(
+        limits,
+        client,
+        model.get_tokenizer,
+        name.rstrip("/").rsplit("/", 1)[-1],
+        grammars=grammars,
+    )
     config = uvicorn.Config(
         app,
         host=settings.host,

@@ -22,10 +22,15 @@ class LoadedModel:
     settings: Settings
     client: EngineClient
     tokenizer: Tokenizer | None = None
+    directory: Path | None = None
 
     def get_tokenizer(self) -> Tokenizer | None:
         """None while loading."""
         return self.tokenizer
+
+    def get_directory(self) -> Path | None:
+        """Of the checkpoint; None while it is being looked for."""
+        return self.directory
 
     async def load(self) -> None:
         """Resolve the model, start the engine with it, read the tokenizer. What is wrong
@@ -34,6 +39,7 @@ class LoadedModel:
             directory = await _in_daemon_thread(
                 lambda: resolve_model(self.settings.model, self.settings.revision)
             )
+            self.directory = directory
             self.client.start(engine_config(self.settings, directory))
             self.tokenizer = await asyncio.to_thread(Tokenizer.from_directory, directory)
         except (HubError, TokenizerError) as error:

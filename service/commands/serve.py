@@ -42,9 +42,12 @@ def run(arguments: list[str]) -> int:
 async def _serve(settings: Settings, client: EngineClient, early: EarlySignals) -> None:
     from service.commands.http_server import end_in_order, make_server
     from service.commands.loading import LoadedModel
+    from service.grammars import are_installed
+    from service.grammars.checker import GrammarChecker
 
     model = LoadedModel(settings, client)
-    server = make_server(settings, client, model)
+    grammars = GrammarChecker(model.get_directory) if are_installed() else None
+    server = make_server(settings, client, model, grammars)
     early.forward = server.handle_exit
     if early.received:
         server.stop_asked.set()
@@ -59,4 +62,6 @@ async def _serve(settings: Settings, client: EngineClient, early: EarlySignals) 
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
+        if grammars is not None:
+            await grammars.close()
         await client.stop()

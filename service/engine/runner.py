@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from model.backends.base import AttentionBackend
 from model.batch import ForwardBatch
 from model.cpu import RowPadding
 from model.sampling import SampledTokens, SamplingBatch, SamplingRow, sample
+from model.token_mask import TokenMask
 from model.transformer import Transformer
 from service.engine.profile import StepProfile
 from service.engine.scheduler import Scheduled
@@ -39,9 +41,14 @@ class Runner:
         began = time.monotonic()
         batch = build_batch(step, self.block_size, self.padding, self.device)
         attend = self.backend.begin(batch)
-        rows = [_sampling_row(item.sequence) for item in step if item.samples]
+        sampled = [item.sequence for item in step if item.samples]
+        rows = [_sampling_row(sequence) for sequence in sampled]
         sampling = SamplingBatch.build(
-            rows, self.model.config.vocab_size, self.device, self.eos_token_ids
+            rows,
+            self.model.config.vocab_size,
+            self.device,
+            self.eos_token_ids,
+            build_mask(sampled, self.device),
         )
         built = time.monotonic()
         profile.build_s += built - began
@@ -52,9 +59,9 @@ class Runner:
         logits = self.model.logits(hidden[batch.logits_rows])[: len(rows)]
         forwarded = time.monotonic()
         profile.forward_s += forwarded - built
-        sampled = sample(logits, sampling)
+        tokens = sample(logits, sampling)
         profile.sample_s += time.monotonic() - forwarded
-        return sampled
+        return tokens
 
 
 def _sampling_row(sequence: Sequence) -> SamplingRow:
@@ -63,6 +70,21 @@ def _sampling_row(sequence: Sequence) -> SamplingRow:
     if params.has_penalties or params.min_tokens:
         return SamplingRow(params, len(tokens), tokens[:num_prompt], tokens[num_prompt:])
     return SamplingRow(params, len(tokens))
+
+
+def build_mask(sequences: list[Sequence], device: torch.device) -> TokenMask | None:
+    """What the grammars of the sequences allow next; None when none has a grammar. A grammar
+    that fails allows nothing, and its matcher says why."""
+    masked = [(i, s.matcher) for i, s in enumerate(sequences) if s.matcher is not None]
+    if not masked:
+        return None
+    words = np.empty((len(masked), masked[0][1].num_words), np.int32)
+    for place, (_, matcher) in enumerate(masked):
+        matcher.fill(words[place])
+    rows = None
+    if len(masked) < len(sequences):
+        rows = torch.tensor([i for i, _ in masked], device=device)
+    return TokenMask(rows, torch.from_numpy(words).to(device))
 
 
 def build_batch(

@@ -18,9 +18,11 @@ from model.kv_cache import KVCache, bytes_per_block
 from model.transformer import Transformer
 from service.engine.blocks import BlockPool
 from service.engine.core import EngineCore
+from service.engine.grammars import GrammarQueue
 from service.engine.messages import EngineConfig, ModelInfo
 from service.engine.runner import Runner
 from service.engine.scheduler import Limits, Scheduler
+from service.grammars import are_installed
 
 log = logging.getLogger("vitrine.engine")
 
@@ -90,7 +92,10 @@ def start_engine(config: EngineConfig, *, progress: bool = False) -> tuple[Engin
         max_positions=max_model_len,
         progress=progress,
     )
-    return assemble(checkpoint.model, checkpoint.eos_token_ids, config, began=began)
+    core, info = assemble(checkpoint.model, checkpoint.eos_token_ids, config, began=began)
+    if are_installed():
+        core.grammars = GrammarQueue(directory, info.vocab_size, checkpoint.eos_token_ids)
+    return core, info
 
 
 def assemble(
