@@ -7,32 +7,34 @@ states that the lexer has found. A mask is a function of the grammar and the tok
 
 from __future__ import annotations
 
+import json
 import re
+import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, regex_to_lark
 from numpy.typing import NDArray
 
 from model.grammar_spec import GrammarSpec
 from model.tokenizer import Tokenizer
 from service.grammars import GrammarError
 
-if TYPE_CHECKING:
-    from llguidance._lib import JsonCompileOptions
-
 # Several times what schemas of a few hundred fields need (loadtests/NOTES.md). The first one
 # does not bound all of a compilation: for that there is the worker process.
 LIMITS = LLParserLimits(
     initial_lexer_fuel=200_000,
     step_lexer_fuel=50_000,  # some ms of a mask
-    step_max_items=5_000,  # some ms of a mask, and of taking a token
+    step_max_items=5_000,  # tens of ms of a mask, or of taking a token, at the very worst
     max_lexer_states=30_000,  # about 60 MB a grammar
     max_grammar_size=50_000,
     verbose_errors=False,  # or they hold the parser's whole state
 )
-JSON_OPTIONS: JsonCompileOptions = {
+# Where the grammar leaves no choice, the library would allow the one token that the tokenizer
+# gives for it, which need not even be that text: "<|endoftext|>" spelt out, or a space that
+# SentencePiece puts before it. Without this, every token that fits is allowed.
+_NO_FORCING = '\n%llguidance {"no_forcing": true}\n'
+JSON_OPTIONS = {
     # One space, or a line break and an indent. Without a bound a model can fill max_tokens
     # with white space.
     "whitespace_pattern": r" |\n[ \t]{0,16}",
@@ -42,8 +44,13 @@ JSON_OPTIONS: JsonCompileOptions = {
     "lenient": False,  # what is not enforced is refused
     "coerce_one_of": False,
 }
+# One request may hold up the steps of all others by so much. A text of 1,000 tokens takes 0.02 s
+# in a common schema.
+TEXT_CPU_S = 5.0
 NO_TEXT = "no text fits it, or none that can be spelt with this model's tokens"
 _MAX_MESSAGE_CHARS = 300
+_PLACE = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
+_EXCERPT = re.compile(r"\n +\d+ \| .*", re.DOTALL)  # of the grammar, at the end of an error
 _WORD_BITS = 32  # of a mask (model/token_mask.py)
 _TEMPERATURE = re.compile(r"^\s*[?!]*\w+\s*\[[^\]]*\btemperature\b", re.MULTILINE)
 
@@ -51,11 +58,12 @@ _TEMPERATURE = re.compile(r"^\s*[?!]*\w+\s*\[[^\]]*\btemperature\b", re.MULTILIN
 class LibraryMatcher:
     """A `TextMatcher`."""
 
-    __slots__ = ("_matcher", "_tokens", "error", "num_words")
+    __slots__ = ("_cpu_s", "_matcher", "_tokens", "error", "num_words")
 
     def __init__(self, matcher: LLMatcher, tokens: NDArray[np.int32]) -> None:
         self._matcher = matcher
         self._tokens = tokens
+        self._cpu_s = 0.0
         self.num_words = len(tokens)
         self.error: str | None = None
 
@@ -67,18 +75,29 @@ class LibraryMatcher:
         words.fill(0)
         if self.error is not None:
             return
+        began = time.thread_time()
         self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-        if self._matcher.is_error():
-            words.fill(0)
-            self.error = _message(self._matcher.get_error())
-            return
+        self._book(began)
         words &= self._tokens  # a Lark grammar may name a row that is no token by its number
-        if not words.any():
+        if self.error is None and not words.any():
             self.error = NO_TEXT
+        if self.error is not None:
+            words.fill(0)
 
     def advance(self, token_ids: Sequence[int]) -> None:
-        if self.error is None and not self._matcher.consume_tokens(list(token_ids)):
+        if self.error is not None:
+            return
+        began = time.thread_time()
+        self._matcher.consume_tokens(list(token_ids))
+        self._book(began)
+
+    def _book(self, began: float) -> None:
+        """What the library's call had to say, and what it took."""
+        self._cpu_s += time.thread_time() - began
+        if self._matcher.is_error():
             self.error = _message(self._matcher.get_error())
+        elif self._cpu_s > TEXT_CPU_S:
+            self.error = f"it took more than {TEXT_CPU_S:g} s of processor time"
 
 
 class CompiledGrammar:
@@ -111,7 +130,9 @@ class GrammarCompiler:
         """Raises `GrammarError` for what is wrong, too large, or can have no text."""
         matcher = LLMatcher(self._table, _library_grammar(spec), log_level=0, limits=LIMITS)
         if matcher.is_error():
-            raise GrammarError(_message(matcher.get_error()))
+            words = _message(matcher.get_error())
+            # The place is one in the Lark that we put around it.
+            raise GrammarError(words if spec.kind == "lark" else _PLACE.sub("", words))
         if warnings := matcher.get_grammar_warnings():
             raise GrammarError(_message("; ".join(warnings)))
         compiled = CompiledGrammar(matcher, self._tokens)
@@ -126,6 +147,8 @@ class GrammarCompiler:
 class _Vocabulary:
     """What the library asks of a tokenizer. Tokens come in the middle of a text: the prompt's
     is before them."""
+
+    # It is asked for the tokens of a text, too, but uses them only for what is switched off.
 
     bos_token_id = None
 
@@ -155,20 +178,22 @@ def _bits(tokens: Sequence[bytes], eos_token_ids: Sequence[int]) -> NDArray[np.i
 def _library_grammar(spec: GrammarSpec) -> str:
     match spec.kind:
         case "regex":
-            return LLMatcher.grammar_from_regex(spec.text)
+            text = f"start: /{regex_to_lark(spec.text, '')}/"
         case "json_schema":
-            return LLMatcher.grammar_from_json_schema(spec.text, overrides=JSON_OPTIONS)
+            schema = json.loads(spec.text) | {"x-guidance": JSON_OPTIONS}
+            text = f"start: %json {json.dumps(schema)}"
         case "lark":
             if spec.text.lstrip().startswith("{"):  # the library would take it for its own JSON
                 raise GrammarError("a Lark grammar does not begin with '{'")
             if _TEMPERATURE.search(spec.text):  # the library leaves that to whoever samples
                 raise GrammarError("a rule's temperature is not supported; the request's is")
-            return LLMatcher.grammar_from_lark(spec.text)
+            text = spec.text
+    return LLMatcher.grammar_from_lark(text + _NO_FORCING)
 
 
 def _message(text: str) -> str:
     """What the library says, short and on one line."""
     if text.startswith("NoExtension"):
         return NO_TEXT
-    line = " ".join(text.replace("<non-verbose/>", "").split())
+    line = " ".join(_EXCERPT.sub("", text).replace("<non-verbose/>", "").split())
     return line if len(line) <= _MAX_MESSAGE_CHARS else line[:_MAX_MESSAGE_CHARS] + "..."

@@ -18,6 +18,7 @@ from model.tokenizer import Tokenizer
 from service.api.app import create_app
 from service.api.context import ApiContext
 from service.api.limits import ApiLimits
+from service.api.structured_output import Checker
 from tests.api.asgi_client import Exchange
 from tests.api.fake_engine import FakeEngine, Script, stay_silent
 
@@ -91,10 +92,10 @@ class House:
 def house(tokenizer: Tokenizer) -> Callable[..., House]:
     """Make an app: `house(script, **limits)`."""
 
-    def make(script: Script = stay_silent, **limits: Any) -> House:
+    def make(script: Script = stay_silent, grammars: Checker | None = None, **limits: Any) -> House:
         engine = FakeEngine(script)
         bounds = ApiLimits(**limits)
-        app = create_app(bounds, engine, lambda: tokenizer, "case")
+        app = create_app(bounds, engine, lambda: tokenizer, "case", grammars=grammars)
         return House(engine, app, tokenizer, bounds)
 
     return make
