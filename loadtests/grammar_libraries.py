@@ -5,7 +5,8 @@ JSON-schema keywords each one enforces, refuses or lets pass.
 
 xgrammar is no dependency: where it is not installed its columns are left out. To have it
 without what it drags in: `pip install --no-deps --target DIR xgrammar apache-tvm-ffi`, and DIR
-in PYTHONPATH. Each library walks along the same valid document, token by token.
+in PYTHONPATH. Each library walks along the same valid document, token by token. All times are
+processor time, which a busy machine does not change much.
 """
 
 from __future__ import annotations
@@ -74,7 +75,6 @@ KEYWORDS: dict[str, tuple[Any, str, str]] = {
     "minLength": ({"type": "string", "minLength": 2}, '"ab"', '"a"'),
     "pattern": ({"type": "string", "pattern": "^a+$"}, '"aa"', '"b"'),
     "format: date": ({"type": "string", "format": "date"}, '"2024-02-29"', '"2024-99-29"'),
-    "format: unknown": ({"type": "string", "format": "moon-phase"}, '"x"', "1"),
     "minimum": ({"type": "integer", "minimum": 5}, "7", "4"),
     "multipleOf": ({"type": "integer", "multipleOf": 7}, "14", "15"),
     "minItems": ({"type": "array", "minItems": 2}, "[1,2]", "[1]"),
@@ -190,13 +190,13 @@ def walk(matcher: Matcher, ids: list[int]) -> tuple[list[float], list[float]]:
     """Seconds of each mask, and of each token taken."""
     masks, accepts = [], []
     for token_id in ids:
-        began = time.perf_counter()
+        began = time.process_time()
         matcher.fill()
-        filled = time.perf_counter()
+        filled = time.process_time()
         if not matcher.accept(token_id):
             raise RuntimeError(f"token {token_id} of a valid document was refused")
         masks.append(filled - began)
-        accepts.append(time.perf_counter() - filled)
+        accepts.append(time.process_time() - filled)
     return masks, accepts
 
 
@@ -218,7 +218,7 @@ def verdict(compile_schema: Compile, tokenizer: Tokenizer, keyword: str) -> str:
 
 
 def import_seconds(module: str) -> float:
-    code = f"import time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
+    code = f"import time; t = time.process_time(); import {module}; print(time.process_time() - t)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return float(done.stdout)
 
@@ -240,18 +240,18 @@ def main() -> None:
         tokenizer = Tokenizer.from_directory(Path(directory))
         eos_id = tokenizer.encode("<|endoftext|>")[0]
         for name, make in makers.items():
-            began = time.perf_counter()
+            began = time.process_time()
             compile_schema = make(tokenizer, eos_id)
-            table_s = time.perf_counter() - began
+            table_s = time.process_time() - began
             print(f"\n{name}, {tokenizer.vocab_size} tokens: token table {table_s * 1e3:.0f} ms")
             for walk_name, (schema, document) in WALKS.items():
                 text = json.dumps(document, separators=(",", ":"))
                 ids = tokenizer.encode(text, add_special_tokens=False)
                 compiles, masks, accepts = [], [], []
                 for _ in range(arguments.rounds):
-                    began = time.perf_counter()
+                    began = time.process_time()
                     matcher = compile_schema(schema)
-                    compiles.append(time.perf_counter() - began)
+                    compiles.append(time.process_time() - began)
                     some_masks, some_accepts = walk(matcher, ids)
                     masks += some_masks
                     accepts += some_accepts
