@@ -14,7 +14,7 @@ ENV PATH=/opt/venv/bin:$PATH
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 RUN mkdir model service && touch model/__init__.py service/__init__.py \
     && pip install --no-cache-dir --constraint constraints.txt \
-       ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} . \
+       ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} '.[grammar]' \
     && pip uninstall --yes vitrine
 COPY model model
 COPY service service

@@ -6,7 +6,7 @@
 For each row, in this order:
 
     1. repetition, presence and frequency penalties, `logit_bias`, and -inf for what
-       `min_tokens` holds off;
+       `min_tokens` holds off and what a grammar does not allow;
     2. temperature 0: the largest logit, the lowest id among equals; otherwise
     3. (logit - the row's largest) / temperature, in float32, as a product with 1 / temperature;
     4. top_k: exactly k tokens, at the border the lowest ids among equals;
@@ -34,6 +34,7 @@ from torch import Tensor
 from model.adjustments import Adjustments
 from model.noise import gumbel, gumbel_argmax, row_keys, seed_words, token_words
 from model.sampling_params import SamplingParams
+from model.token_mask import TokenMask
 from model.truncation import ahead_of, largest, mass_ahead, top_k_lists
 
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
@@ -128,6 +129,7 @@ class SamplingBatch:
     with_top_k: DrawnRows | None = None
     with_top_p: DrawnRows | None = None  # and no top_k
     adjustments: Adjustments | None = None
+    mask: TokenMask | None = None
     logprobs: tuple[tuple[int, int], ...] = ()  # (row, how many alternatives)
     refused: Mapping[int, str] = field(default_factory=dict)
 
@@ -138,8 +140,9 @@ class SamplingBatch:
         vocab_size: int,
         device: torch.device | str,
         eos_token_ids: Sequence[int] = (),
+        mask: TokenMask | None = None,
     ) -> SamplingBatch:
-        """Sort the rows by what they ask for.
+        """Sort the rows by what they ask for; `mask` is what their grammars allow.
 
         A row that names a token outside the vocabulary is refused: it becomes one of
         `SampledTokens.bad_rows`.
@@ -189,6 +192,7 @@ class SamplingBatch:
             with_top_k=DrawnRows.build(rows, with_top_k, device),
             with_top_p=DrawnRows.build(rows, with_top_p, device),
             adjustments=adjustments,
+            mask=mask,
             logprobs=tuple(logprobs),
             refused=refused,
         )
@@ -209,6 +213,9 @@ def sample(logits: Float[Tensor, "rows vocab_size"], batch: SamplingBatch) -> Sa
         return SampledTokens(torch.empty(0, dtype=torch.int64, device=logits.device))
     logits = logits.detach().contiguous()
     scores = logits if batch.adjustments is None else batch.adjustments.apply(logits)
+    if batch.mask is not None:
+        scores = logits.clone() if scores is logits else scores  # log-probabilities need them
+        batch.mask.apply_(scores)
     parts = [
         (group.rows, *draw(_take(scores, group.rows), group))
         for group, draw in (

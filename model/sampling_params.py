@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from model.grammar_spec import GrammarSpec
+
 GREEDY = 0.0
 
 
@@ -12,9 +14,10 @@ class SamplingParams:
     """How the next tokens of one sequence are chosen; bounds are api.md's, checked where a
     request enters (service/api/schemas.py).
 
-    The order in which they act: penalties and `logit_bias` on the logits, then greedy
-    choice if `temperature` is 0, else division by it, `top_k`, `top_p`, `min_p`, noise.
-    Log-probabilities are the model's own, before all of these.
+    The order in which they act: penalties and `logit_bias` on the logits, then what the
+    grammar does not allow is left out, then greedy choice if `temperature` is 0, else division
+    by it, `top_k`, `top_p`, `min_p`, noise. Log-probabilities are the model's own, before all
+    of these.
     """
 
     max_tokens: int = 128
@@ -30,6 +33,7 @@ class SamplingParams:
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    grammar: GrammarSpec | None = None  # what the whole continuation must fit
     logprobs: int | None = None  # how many alternatives; None: none, and no log-probability
 
     @property

@@ -90,6 +90,7 @@ class JournalEntry:
             finish_reason=last.finish_reason,
             stop_token_id=last.stop_token_id,
             error=last.error,
+            is_grammar_error=last.is_grammar_error,
             cached_prompt_tokens=last.cached_prompt_tokens,
             queue_s=self._timing[0],
             prefill_s=self._timing[1],

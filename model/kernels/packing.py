@@ -106,4 +106,5 @@ def _gates_alternating(rows: Float[Tensor, "two_sizes width"]) -> Float[Tensor, 
 
 
 def _gates_apart(rows: Float[Tensor, "two_sizes width"]) -> Float[Tensor, "two_sizes width"]:
-    return rows.unflatten(0, (-1, 2, LANES)).transpose(0, 1).flatten(0, 2)
+    apart: Tensor = rows.unflatten(0, (-1, 2, LANES)).transpose(0, 1).flatten(0, 2)
+    return apart

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+from model.grammar_spec import GrammarSpec
 from model.sampling_params import SamplingParams
 from model.tokenizer import IncrementalDecoder, Tokenizer
 from service.api.context import ApiContext
@@ -14,6 +15,7 @@ from service.api.errors import CONTEXT_EXCEEDED, ProblemError, invalid_field
 from service.api.generation import Plan
 from service.api.limits import ApiLimits
 from service.api.schemas import MAX_SEED, GenerateRequest
+from service.api.structured_output import check_grammar, requested_grammar
 from service.api.text import StopStrings
 from service.client import EngineUnavailableError, NeverFitsError, QueueFullError
 from service.engine.messages import ModelInfo
@@ -40,8 +42,11 @@ async def make_plan(
             "detach_s", f"{body.detach_s:g} with stream false: only a stream can be resumed"
         )
     _check_vocabulary(body, info.vocab_size)
+    grammar = requested_grammar(body)
     prompt_ids = await _prompt_ids(body, tokenizer, info, context.limits)
     max_tokens = _max_tokens(body, len(prompt_ids), info)
+    if grammar is not None:  # last: it is the dearest
+        await check_grammar(grammar, context.grammars, info, timeout_s)
     seed = secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed
     prefix = ""
     if body.echo:
@@ -52,7 +57,8 @@ async def make_plan(
         prefix=prefix,
         seed=seed,
         samplings=[
-            _sampling(body, max_tokens, (seed + index) % (MAX_SEED + 1)) for index in range(body.n)
+            _sampling(body, max_tokens, (seed + index) % (MAX_SEED + 1), grammar)
+            for index in range(body.n)
         ],
         stops=StopStrings(body.stops),
         priority=body.priority,
@@ -189,7 +195,9 @@ def _max_tokens(body: GenerateRequest, num_prompt_tokens: int, info: ModelInfo) 
     return max_tokens
 
 
-def _sampling(body: GenerateRequest, max_tokens: int, seed: int) -> SamplingParams:
+def _sampling(
+    body: GenerateRequest, max_tokens: int, seed: int, grammar: GrammarSpec | None
+) -> SamplingParams:
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=body.min_tokens,
@@ -204,5 +212,6 @@ def _sampling(body: GenerateRequest, max_tokens: int, seed: int) -> SamplingPara
         seed=seed,
         stop_token_ids=tuple(dict.fromkeys(body.stop_token_ids)),
         ignore_eos=body.ignore_eos,
+        grammar=grammar,
         logprobs=body.logprobs,
     )

@@ -29,6 +29,7 @@ from service.api.limits import ApiLimits
 from service.api.middleware import BodyLimitMiddleware, HeaderLimitMiddleware, LingerMiddleware
 from service.api.quotas import KeyQuotas
 from service.api.resumable import ResumableStreams
+from service.api.structured_output import Checker
 from service.api.visit import Visit, VisitMiddleware, log_line
 from service.chat_renderer import ChatRenderer
 from service.client import Engine
@@ -44,6 +45,7 @@ def create_app(
     model_name: str,
     *,
     chat_renderer: Callable[[], ChatRenderer | None] = lambda: None,
+    grammars: Checker | None = None,
     lifespan: Lifespan[Any] | None = None,
     on_complete: Iterable[Callable[[Visit], None]] = (log_line,),
 ) -> FastAPI:
@@ -51,7 +53,8 @@ def create_app(
 
     `tokenizer` returns None while it is being loaded, `chat_renderer` while the tokenizer is, and
     for a model without a chat template. `app.state.context` is the `ApiContext`. `on_complete` is
-    told of each request that is over.
+    told of each request that is over. Without `grammars`, requests for structured output are
+    refused.
     """
     metrics = Metrics()
     metrics.watch_engine(lambda: engine.stats, lambda: engine.health)
@@ -67,6 +70,7 @@ def create_app(
         chat_renderer=chat_renderer,
         generations=ActiveGenerations(engine, metrics, settings.max_events_s),
         resumable=resumable,
+        grammars=grammars,
     )
     app = FastAPI(
         title="Vitrine",

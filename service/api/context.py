@@ -9,6 +9,7 @@ from model.tokenizer import Tokenizer
 from service.api.generation import ActiveGenerations
 from service.api.limits import ApiLimits
 from service.api.resumable import ResumableStreams
+from service.api.structured_output import Checker
 from service.chat_renderer import ChatRenderer
 from service.client import Engine, EngineUnavailableError
 from service.engine.messages import ModelInfo
@@ -29,6 +30,7 @@ class ApiContext:
     generations: ActiveGenerations
     chat_renderer: Callable[[], ChatRenderer | None]  # None: the model has no chat template
     resumable: ResumableStreams
+    grammars: Checker | None  # None: the library is not installed
 
     def loaded(self) -> tuple[Tokenizer, ModelInfo]:
         """The tokenizer and what the model is.

@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from model.grammar_spec import GrammarSpec
 from model.sampling_params import SamplingParams
 from model.tokenizer import IncrementalDecoder, Tokenizer
 from service.api.continuation import Continuation, Delta, Done
-from service.api.errors import ProblemError, from_exception
+from service.api.errors import ProblemError, from_exception, invalid_field
 from service.api.text import AnswerText, StopStrings
 from service.client import Engine, EngineUnavailableError
 from service.engine.messages import SequenceOutput
@@ -107,6 +108,7 @@ class Generation:
         self.plan = plan
         self.plans = plans  # one for each prompt of the request; the first is `plan`
         self.continuations = continuations
+        self._grammars = [one.grammar for plan in plans for one in plan.samplings]
         self._house = house
         self._ticket = ticket
         self._open = list(continuations)
@@ -199,7 +201,8 @@ class Generation:
         if continuation.done is not None:
             self._open.remove(continuation)
         if output.finish_reason == "error":
-            return [*items, *self._fail(_sequence_error(continuation), "cancelled")]
+            error = _sequence_error(continuation, self._grammars[continuation.index], output)
+            return [*items, *self._fail(error, "cancelled")]
         return items
 
     def _end_open(self, finish_reason: str) -> list[Item]:
@@ -305,7 +308,15 @@ class ActiveGenerations:
         return len(self._active)
 
 
-def _sequence_error(continuation: Continuation) -> ProblemError:
+def _sequence_error(
+    continuation: Continuation, grammar: GrammarSpec | None, output: SequenceOutput
+) -> ProblemError:
+    if output.is_grammar_error and grammar is not None:
+        return invalid_field(
+            grammar.field,
+            f"continuation {continuation.index} cannot go on after {continuation.num_tokens} "
+            f"tokens: {output.error}",
+        )
     return ProblemError(
         "generation-failed",
         500,

@@ -12,7 +12,8 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from service.api.errors import TAG_MARK, invalid_field
-from service.api.schemas import GenerateRequest, Prompt, RequestBody, SamplingFields, TokenId
+from service.api.request_body import RequestBody
+from service.api.schemas import GenerateRequest, Prompt, SamplingFields, TokenId
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default
 MAX_PROMPTS = 128
@@ -238,22 +239,6 @@ class Message(OpenAIObject):
         return {"role": role, "content": content, **named}
 
 
-class ResponseFormat(OpenAIObject):
-    """The form of the answer."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: dict[str, Any] | None = None
-
-    def check(self) -> None:
-        """Raise `ProblemError` for all but plain text."""
-        if self.type != "text":
-            raise invalid_field(
-                "response_format", f"'{self.type}' is not supported yet; only 'text' is"
-            )
-        if self.json_schema is not None:
-            raise invalid_field("response_format", "json_schema is only for type 'json_schema'")
-
-
 class ChatRequest(OpenAIRequest):
     """Answer a conversation."""
 
@@ -267,9 +252,6 @@ class ChatRequest(OpenAIRequest):
     logprobs: bool = Field(False, description="Give each token's log-probability.")
     top_logprobs: int | None = Field(
         None, ge=0, le=20, description="And that many alternatives; only with `logprobs: true`."
-    )
-    response_format: ResponseFormat | None = Field(
-        None, description="Only `text` is supported yet."
     )
     store: Literal[False] = Field(False, description="Answers are never stored.")
     safety_identifier: Label = ""
@@ -305,8 +287,6 @@ class ChatRequest(OpenAIRequest):
             )
         if self.top_logprobs is not None and not self.logprobs:
             raise invalid_field("top_logprobs", "only allowed with logprobs: true")
-        if self.response_format is not None:
-            self.response_format.check()
 
     def to_generate(self, prompt_ids: list[int], context_length: int) -> GenerateRequest:
         """The wish for the conversation as a prompt. Without a bound of the client's, it is the

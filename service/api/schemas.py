@@ -7,14 +7,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
 from service.api.errors import TAG_MARK
+from service.api.request_body import RequestBody
+from service.api.response_format import ResponseFormat
 
 MAX_SEED = 2**63 - 1
 MAX_TOKEN_ID = 2**31 - 1
 DEFAULT_MAX_TOKENS = 128
+MAX_REGEX_CHARS = 8_192
+MAX_GRAMMAR_CHARS = 32_768
 _TEXT, _LIST = f"{TAG_MARK}text", f"{TAG_MARK}list"
 
 
@@ -66,12 +70,6 @@ Biases = Annotated[
 ]
 
 
-class RequestBody(BaseModel):
-    """What all request bodies share."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
 class SamplingFields(RequestBody):
     """How tokens are chosen and when to end: what every route that generates takes."""
 
@@ -107,6 +105,22 @@ class SamplingFields(RequestBody):
         [], max_length=64, fail_fast=True, description="Tokens that end a continuation."
     )
     ignore_eos: bool = Field(False, description="Go on past the model's end of text.")
+    regex: str | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_REGEX_CHARS,
+        description="A regular expression (Rust's syntax) that the whole text fits. At most one of "
+        "regex, grammar and response_format; none of them with min_tokens or ignore_eos.",
+    )
+    grammar: str | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_GRAMMAR_CHARS,
+        description="A Lark grammar, as llguidance reads it, that the whole text fits.",
+    )
+    response_format: ResponseFormat | None = Field(
+        None, description="OpenAI's: text, json_object, or json_schema with a schema."
+    )
     priority: int = Field(
         0, ge=-10, le=10, description="Lower runs earlier; first come, first served within one."
     )
@@ -115,13 +129,6 @@ class SamplingFields(RequestBody):
         gt=0,
         description="After so many seconds the request ends with what it has. At most, and when "
         "absent, the server's limit.",
-    )
-    detach_s: float = Field(
-        0.0,
-        ge=0,
-        le=300,
-        description="So long a stream lives on while no client reads it, to be resumed with GET "
-        "/generate/{id}; also after its end. 0: a client that goes away cancels it.",
     )
 
     def has(self, field: str) -> bool:
@@ -152,6 +159,13 @@ class GenerateRequest(SamplingFields):
         description="Give each token's log-probability, and that many alternatives.",
     )
     echo: bool = Field(False, description="Begin the text with the prompt.")
+    detach_s: float = Field(
+        0.0,
+        ge=0,
+        le=300,
+        description="So long a stream lives on while no client reads it, to be resumed with GET "
+        "/generate/{id}; also after its end. 0: a client that goes away cancels it.",
+    )
 
 
 class TokenizeRequest(RequestBody):

@@ -25,6 +25,7 @@ from service.commands.connections import (
 )
 from service.commands.door import api_limits, check_tls, warn_if_open
 from service.commands.loading import LoadedModel
+from service.grammars.checker import GrammarChecker
 from service.http_protocol import ConnectionLimits, bounded
 from service.metrics import Metrics
 from service.settings import Settings, SettingsError
@@ -100,7 +101,12 @@ class DrainingServer(uvicorn.Server):
             cut(connection)
 
 
-def make_server(settings: Settings, client: EngineClient, model: LoadedModel) -> DrainingServer:
+def make_server(
+    settings: Settings,
+    client: EngineClient,
+    model: LoadedModel,
+    grammars: GrammarChecker | None,
+) -> DrainingServer:
     """The server, listening where the settings say once `serve()` runs. Raises `SettingsError`."""
     check_tls(settings)
     limits = api_limits(settings)
@@ -117,6 +123,7 @@ def make_server(settings: Settings, client: EngineClient, model: LoadedModel) ->
         model.get_tokenizer,
         name,
         chat_renderer=model.get_chat_renderer,
+        grammars=grammars,
         on_complete=told,
     )
     config = uvicorn.Config(

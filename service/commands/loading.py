@@ -29,6 +29,7 @@ class LoadedModel:
     client: EngineClient
     tokenizer: Tokenizer | None = None
     chat_renderer: ChatRenderer | None = None
+    directory: Path | None = None
 
     def get_tokenizer(self) -> Tokenizer | None:
         """None while loading."""
@@ -43,6 +44,10 @@ class LoadedModel:
         if self.chat_renderer is not None:
             await self.chat_renderer.close()
 
+    def get_directory(self) -> Path | None:
+        """Of the checkpoint; None while it is being looked for."""
+        return self.directory
+
     async def load(self) -> None:
         """Resolve the model, start the engine with it, read the tokenizer and the chat template.
         What is wrong with the model is reported through `EngineClient.fail`."""
@@ -50,6 +55,7 @@ class LoadedModel:
             directory = await _in_daemon_thread(
                 lambda: resolve_model(self.settings.model, self.settings.revision)
             )
+            self.directory = directory
             self.client.start(engine_config(self.settings, directory))
             override = self.settings.chat_template
             template = await asyncio.to_thread(read_chat_template, directory, override)

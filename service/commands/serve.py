@@ -41,10 +41,13 @@ async def _serve(settings: Settings, client: EngineClient, early: EarlySignals) 
     from service.commands.connections import raise_file_limit
     from service.commands.http_server import end_in_order, make_server, watch_connections
     from service.commands.loading import LoadedModel
+    from service.grammars import are_installed
+    from service.grammars.checker import GrammarChecker
 
     raise_file_limit()
     model = LoadedModel(settings, client)
-    server = make_server(settings, client, model)
+    grammars = GrammarChecker(model.get_directory) if are_installed() else None
+    server = make_server(settings, client, model, grammars)
     early.forward = server.handle_exit
     if early.received:
         server.stop_asked.set()
@@ -61,4 +64,6 @@ async def _serve(settings: Settings, client: EngineClient, early: EarlySignals) 
             with suppress(asyncio.CancelledError):
                 await task
         await model.close()
+        if grammars is not None:
+            await grammars.close()
         await client.stop()

@@ -10,12 +10,17 @@ import time
 from dataclasses import dataclass, field
 
 from model.sampling import SampledTokens
+from service.engine.grammars import GrammarQueue
 from service.engine.messages import EngineFinish, EngineStats, SequenceOutput, Submit, TokenLogprob
 from service.engine.profile import StepProfile
 from service.engine.recorder import Recorder
 from service.engine.runner import Runner
 from service.engine.scheduler import Scheduled, Scheduler
 from service.engine.sequence import Sequence
+from service.grammars import MISSING, GrammarError
+
+# How long a step that has nothing to run waits for a grammar.
+GRAMMAR_WAIT_S = 0.01
 
 
 @dataclass(slots=True)
@@ -24,6 +29,7 @@ class EngineCore:
 
     scheduler: Scheduler
     runner: Runner
+    grammars: GrammarQueue | None = None  # None: none can be followed here
     sequences: dict[int, Sequence] = field(default_factory=dict)
     last_step: StepProfile = field(default_factory=StepProfile)
     recorder: Recorder | None = None
@@ -34,7 +40,7 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or bool(self._refused)
+        return self.scheduler.has_work or bool(self._refused) or bool(self.grammars)
 
     def add(self, request: Submit) -> None:
         """Queue a sequence. One that could never run is answered with an error instead."""
@@ -53,16 +59,22 @@ class EngineCore:
             arrived_at=time.monotonic(),
         )
         self.sequences[request.id] = sequence
-        self.scheduler.add(sequence)
+        spec = request.sampling.grammar
+        if spec is not None and self.grammars is not None:
+            self.grammars.add(sequence, spec)
+        else:
+            self.scheduler.add(sequence)
 
     def abort(self, sequence_id: int) -> None:
         """Forget a sequence; unknown ids (already finished) are nothing to do."""
         sequence = self.sequences.pop(sequence_id, None)
-        if sequence is not None:
-            self.scheduler.remove(sequence)
+        if sequence is None or (self.grammars is not None and self.grammars.remove(sequence_id)):
+            return
+        self.scheduler.remove(sequence)
 
     def step(self) -> list[SequenceOutput]:
         """Run one step over what the scheduler chooses."""
+        self._take_compiled()
         outputs, self._refused = self._refused, []
         profile = self.last_step = StepProfile()
         began = time.monotonic()
@@ -85,7 +97,7 @@ class EngineCore:
         pool = self.scheduler.pool
         return EngineStats(
             num_running=len(self.scheduler.running),
-            num_waiting=len(self.scheduler.waiting),
+            num_waiting=len(self.scheduler.waiting) + len(self.grammars or ()),
             free_blocks=pool.num_free,
             referenced_blocks=pool.num_referenced,
             cached_blocks=pool.num_cached,
@@ -106,6 +118,8 @@ class EngineCore:
             return "the prompt is empty"
         if min(ids) < 0 or max(ids) >= vocab_size:
             return f"token ids must lie in 0 .. {vocab_size - 1}"
+        if request.sampling.grammar is not None and self.grammars is None:
+            return MISSING
         if request.id in self.sequences:
             return f"sequence id {request.id} is already running"
         if len(request.output_token_ids) >= request.sampling.max_tokens:
@@ -114,6 +128,24 @@ class EngineCore:
                 f"max_tokens is {request.sampling.max_tokens}"
             )
         return self.scheduler.refusal(len(request.prompt_token_ids), request.sampling.max_tokens)
+
+    def _take_compiled(self) -> None:
+        """Let the sequences run whose grammars are ready."""
+        if self.grammars is None:
+            return
+        for sequence, matcher in self.grammars.take_ready(
+            0.0 if self.scheduler.has_work or self._refused else GRAMMAR_WAIT_S
+        ):
+            if isinstance(matcher, GrammarError):
+                del self.sequences[sequence.id]
+                self._refused.append(_failure(sequence, str(matcher), is_grammar_error=True))
+            elif isinstance(matcher, Exception):
+                del self.sequences[sequence.id]
+                reason = f"{type(matcher).__name__}: {matcher}"
+                self._refused.append(_failure(sequence, reason))
+            else:
+                sequence.matcher = matcher
+                self.scheduler.add(sequence)
 
     def _run(self, scheduled: list[Scheduled]) -> list[SequenceOutput]:
         """Forward and book. When the forward raises, each half runs by itself, and so on, so
@@ -157,14 +189,21 @@ class EngineCore:
         self, sequence: Sequence, token_id: int, logprob: TokenLogprob | None
     ) -> SequenceOutput:
         first = sequence.num_output == 0
-        sequence.token_ids.append(token_id)
-        self._generated_tokens += 1
+        matcher = sequence.matcher
         stop_ids = sequence.sampling.stop_token_ids
         is_eos = not sequence.sampling.ignore_eos and token_id in self.runner.eos_token_ids
         finish_reason: EngineFinish | None = None
         stop_token_id: int | None = None
+        if matcher is not None and not is_eos:
+            matcher.advance([token_id])
+            if matcher.error is not None:
+                return self._fail(sequence, matcher.error)
+        sequence.token_ids.append(token_id)
+        self._generated_tokens += 1
         if sequence.num_output > sequence.sampling.min_tokens and (is_eos or token_id in stop_ids):
             finish_reason, stop_token_id = "stop", token_id
+        elif matcher is not None and matcher.is_complete:
+            finish_reason = "stop"
         elif sequence.num_output >= sequence.sampling.max_tokens:
             finish_reason = "length"
         if finish_reason is not None:
@@ -183,8 +222,23 @@ class EngineCore:
 
     def _fail(self, sequence: Sequence, reason: str) -> SequenceOutput:
         self._forget(sequence)
-        return SequenceOutput(sequence.id, [], finish_reason="error", error=reason)
+        matcher, spec = sequence.matcher, sequence.sampling.grammar
+        if matcher is not None and matcher.error is not None:  # then that is why
+            if self.grammars is not None and spec is not None:
+                self.grammars.give_up(spec)
+            return _failure(sequence, matcher.error, is_grammar_error=True)
+        return _failure(sequence, reason)
 
     def _forget(self, sequence: Sequence) -> None:
         del self.sequences[sequence.id]
         self.scheduler.remove(sequence)
+
+
+def _failure(sequence: Sequence, reason: str, *, is_grammar_error: bool = False) -> SequenceOutput:
+    return SequenceOutput(
+        sequence.id,
+        [],
+        finish_reason="error",
+        error=reason,
+        is_grammar_error=is_grammar_error,
+    )

@@ -117,6 +117,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
     finish_reason: EngineFinish | None = None
     stop_token_id: int | None = None
     error: str | None = None
+    is_grammar_error: bool = False  # the error is the request's own, and told to the client
     cached_prompt_tokens: int = 0
     queue_s: float = 0.0  # from arrival to the first step it ran in
     prefill_s: float = 0.0  # from there to its first token

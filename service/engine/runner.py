@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 
 from model.batch import ForwardBatch
@@ -14,6 +15,7 @@ from model.config import ModelConfig
 from model.cpu import RowPadding
 from model.forward import Forward
 from model.sampling import SampledTokens, SamplingBatch, SamplingRow, sample
+from model.token_mask import TokenMask
 from service.engine.profile import StepProfile
 from service.engine.scheduler import Scheduled
 from service.engine.sequence import Sequence
@@ -42,9 +44,14 @@ class Runner:
         that samples. The time each part took is added to `profile`."""
         began = time.monotonic()
         batch = build_batch(step, self.block_size, self.padding, self.device)
-        rows = [_sampling_row(item.sequence) for item in step if item.samples]
+        sampled = [item.sequence for item in step if item.samples]
+        rows = [_sampling_row(sequence) for sequence in sampled]
         sampling = SamplingBatch.build(
-            rows, self.config.vocab_size, self.device, self.eos_token_ids
+            rows,
+            self.config.vocab_size,
+            self.device,
+            self.eos_token_ids,
+            build_mask(sampled, self.device),
         )
         built = time.monotonic()
         profile.build_s += built - began
@@ -56,9 +63,9 @@ class Runner:
         profile.forward_s += forwarded - built
         if not rows:
             return NOTHING_SAMPLED
-        sampled = sample(logits, sampling)
+        tokens = sample(logits, sampling)
         profile.sample_s += time.monotonic() - forwarded
-        return sampled
+        return tokens
 
 
 def _sampling_row(sequence: Sequence) -> SamplingRow:
@@ -67,6 +74,21 @@ def _sampling_row(sequence: Sequence) -> SamplingRow:
     if params.has_penalties or params.min_tokens:
         return SamplingRow(params, len(tokens), tokens[:num_prompt], tokens[num_prompt:])
     return SamplingRow(params, len(tokens))
+
+
+def build_mask(sequences: list[Sequence], device: torch.device) -> TokenMask | None:
+    """What the grammars of the sequences allow next; None when none has a grammar. A grammar
+    that fails allows nothing, and its matcher says why."""
+    masked = [(i, s.matcher) for i, s in enumerate(sequences) if s.matcher is not None]
+    if not masked:
+        return None
+    words = np.empty((len(masked), masked[0][1].num_words), np.int32)
+    for place, (_, matcher) in enumerate(masked):
+        matcher.fill(words[place])
+    rows = None
+    if len(masked) < len(sequences):
+        rows = torch.tensor([i for i, _ in masked], device=device)
+    return TokenMask(rows, torch.from_numpy(words).to(device))
 
 
 def build_batch(

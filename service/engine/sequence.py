@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 from model.sampling_params import SamplingParams
 from service.engine.blocks import ROOT_HASH, block_hash
+from service.grammars import TextMatcher
 
 
 @dataclass(slots=True, eq=False)
@@ -35,6 +36,7 @@ class Sequence:
     cached_prompt_tokens: int | None = None  # None until first admitted
     arrived_at: float = 0.0
     started_at: float | None = None
+    matcher: TextMatcher | None = None  # where the output stands in its grammar
 
     @property
     def num_output(self) -> int:

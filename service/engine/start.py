@@ -17,10 +17,12 @@ from model.select import Int8UnavailableError, select_forward
 from model.transformer import Transformer
 from service.engine.blocks import BlockPool
 from service.engine.core import EngineCore
+from service.engine.grammars import GrammarQueue
 from service.engine.heartbeat import Heartbeat
 from service.engine.messages import EngineConfig, ModelInfo
 from service.engine.runner import Runner
 from service.engine.scheduler import Limits, Scheduler
+from service.grammars import are_installed
 
 log = logging.getLogger("vitrine.engine")
 
@@ -99,9 +101,12 @@ def start_engine(
         progress=progress,
         after_tensor=heartbeat,
     )
-    return assemble(
+    core, info = assemble(
         checkpoint.model, checkpoint.eos_token_ids, config, began=began, heartbeat=heartbeat
     )
+    if are_installed():
+        core.grammars = GrammarQueue(directory, info.vocab_size, checkpoint.eos_token_ids)
+    return core, info
 
 
 def assemble(

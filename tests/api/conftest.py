@@ -19,6 +19,7 @@ from model.tokenizer import Tokenizer
 from service.api.app import create_app
 from service.api.context import ApiContext
 from service.api.limits import ApiLimits
+from service.api.structured_output import Checker
 from tests.api.asgi_client import Exchange
 from tests.api.fake_engine import FakeEngine, Script, stay_silent
 
@@ -106,11 +107,22 @@ class House:
 def house(tokenizer: Tokenizer) -> Callable[..., House]:
     """Make an app: `house(script, **limits)`."""
 
-    def make(script: Script = stay_silent, *, chat_renderer: Any = None, **limits: Any) -> House:
+    def make(
+        script: Script = stay_silent,
+        grammars: Checker | None = None,
+        *,
+        chat_renderer: Any = None,
+        **limits: Any,
+    ) -> House:
         engine = FakeEngine(script)
         bounds = ApiLimits(**limits)
         app = create_app(
-            bounds, engine, lambda: tokenizer, "case", chat_renderer=lambda: chat_renderer
+            bounds,
+            engine,
+            lambda: tokenizer,
+            "case",
+            chat_renderer=lambda: chat_renderer,
+            grammars=grammars,
         )
         return House(engine, app, tokenizer, bounds)
 

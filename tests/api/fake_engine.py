@@ -59,6 +59,7 @@ class FakeStream:
         finish: str | None = None,
         stop_token_id: int | None = None,
         error: str | None = None,
+        is_grammar_error: bool = False,
         queue_s: float = 0.25,
         prefill_s: float = 0.125,
     ) -> None:
@@ -81,6 +82,7 @@ class FakeStream:
             finish_reason=finish,  # type: ignore[arg-type]
             stop_token_id=stop_token_id,
             error=error,
+            is_grammar_error=is_grammar_error,
             cached_prompt_tokens=1,
             queue_s=queue_s,
             prefill_s=prefill_s,

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from model.chat_template import ChatTemplateError
-from service.api.limits import api_key_hash
+from service.api.keys import ApiKey, api_key_hash
 from service.api.openai_schemas import ChatRequest, CompletionRequest
 from service.chat_renderer import ChatBusyError
 from service.client import EngineUnavailableError, NeverFitsError, QueueFullError
@@ -334,7 +334,7 @@ async def test_a_refusal_of_the_engine_is_the_clients_exception(
 
 
 async def test_a_missing_key_is_the_clients_exception(house: Houses) -> None:
-    h = house(say(), api_key_hashes=(api_key_hash("right"),))
+    h = house(say(), api_keys=(ApiKey("right", api_key_hash("right")),))
     async with h.openai("wrong") as client:
         with pytest.raises(openai.AuthenticationError) as caught:
             await client.models.list()

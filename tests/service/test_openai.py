@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx2
+import jsonschema
 import openai
 import psutil
 import pytest
+from hypothesis import HealthCheck, given, settings
 
+from tests.grammars.schemas import schemas
 from tests.servers import Server, running_server, status
 from tests.service.chat_model import make_chat_model, rendered
 
@@ -359,7 +364,7 @@ def test_a_wrong_field_of_a_completion_is_told_by_name(
         ({"messages": [{"role": "user", "content": "a " * 900}]}, "messages", "512"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "messages", "speaks first"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "not supported"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "not supported yet"),
+        ({"response_format": {"type": "xml"}}, "response_format", "json_object"),
     ],
 )
 def test_a_wrong_field_of_a_chat_is_told_by_name(
@@ -369,6 +374,43 @@ def test_a_wrong_field_of_a_chat_is_told_by_name(
         client.chat.completions.create(model=MODEL, **{"messages": TALK, **wish})
     assert caught.value.param == param
     assert words in str(caught.value)
+
+
+@pytest.mark.slow
+@given(schema=schemas)
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+def test_100_random_schemas_are_kept(client: openai.OpenAI, schema: dict[str, Any]) -> None:
+    """Whatever the model would rather say: an answer that ended by itself fits its schema."""
+    answer = client.chat.completions.create(
+        model=MODEL,
+        messages=TALK,
+        seed=7,
+        response_format={
+            "type": "json_schema",
+            "json_schema": {"name": "thing", "schema": schema, "strict": True},
+        },
+    )
+    [choice] = answer.choices
+    if choice.finish_reason == "stop":
+        jsonschema.validate(json.loads(choice.message.content or ""), schema)
+
+
+def test_json_through_the_client_streamed_and_whole(client: openai.OpenAI) -> None:
+    form: Any = {"type": "json_object"}
+    answer = client.completions.create(
+        model=MODEL, prompt=PROMPT, max_tokens=200, extra_body={"regex": r"[a-z]{3,12}", "seed": 3}
+    )
+    assert answer.choices[0].finish_reason == "stop"
+    assert re.fullmatch(r"[a-z]{3,12}", answer.choices[0].text)
+    stream = client.chat.completions.create(
+        model=MODEL, messages=TALK, response_format=form, seed=1, stream=True
+    )
+    chunks = [chunk.choices[0] for chunk in stream]
+    text = "".join(chunk.delta.content or "" for chunk in chunks)
+    if chunks[-1].finish_reason == "stop":
+        assert isinstance(json.loads(text), dict)
+    else:
+        assert text.startswith("{")
 
 
 def test_a_model_without_a_template_says_so(server: Server) -> None:
