@@ -57,7 +57,13 @@ def routes(context: ApiContext) -> APIRouter:
         "/v1/chat/completions",
         summary="Answer a conversation, in OpenAI's shapes",
         description=DESCRIPTION,
-        **describe(ChatRequest, ChatCompletion, (ChatCompletionChunk,), refusal=OpenAIErrorAnswer),
+        **describe(
+            ChatRequest,
+            ChatCompletion,
+            (ChatCompletionChunk,),
+            refusals=(404,),
+            refusal=OpenAIErrorAnswer,
+        ),
     )
     async def chat_completions(request: Request) -> Response:
         arrived_s = asyncio.get_running_loop().time()

@@ -46,7 +46,9 @@ def routes(context: ApiContext) -> APIRouter:
         "/v1/completions",
         summary="Continue prompts, in OpenAI's shapes",
         description=DESCRIPTION,
-        **describe(CompletionRequest, Completion, (Completion,), refusal=OpenAIErrorAnswer),
+        **describe(
+            CompletionRequest, Completion, (Completion,), refusals=(404,), refusal=OpenAIErrorAnswer
+        ),
     )
     async def completions(request: Request) -> Response:
         arrived_s = asyncio.get_running_loop().time()

@@ -32,7 +32,7 @@ def routes(context: ApiContext) -> APIRouter:
     @router.get(
         "/v1/models/{model:path}",
         summary="The served model by its name",
-        **describe(None, ModelCard, refusal=OpenAIErrorAnswer),
+        **describe(None, ModelCard, refusals=(404,), refusal=OpenAIErrorAnswer),
     )
     async def model(model: str) -> Response:
         check_model(model, context)

@@ -83,7 +83,7 @@ def describe(
     shown: list[type[msgspec.Struct]] = [*events, refusal]
     if events:
         content["text/event-stream"] = {"schema": _one_event(shown)}
-    own = {status: _OWN_REFUSALS[status] for status in refusals}
+    own = {status: (_REFUSALS | _OWN_REFUSALS)[status] for status in refusals}
     usual = _AT_THE_DOOR if request is None else _REFUSALS
     responses = _responses(usual | own, refusal)
     described: dict[str, Any] = {"responses": {200: {"content": content}, **responses}}

@@ -38,9 +38,7 @@ def routes(context: ApiContext) -> APIRouter:
         "/generate/{request_id}",
         summary="Go on with a stream",
         description=RESUME,
-        **describe(
-            None, None, events=(StartEvent, TokenEvent, DoneEvent), refusals=(401, 404, 422)
-        ),
+        **describe(None, None, events=(StartEvent, TokenEvent, DoneEvent), refusals=(404, 422)),
     )
     async def resume(
         request: Request, request_id: RequestId, last_event_id: LastEventId = ""
@@ -65,7 +63,7 @@ def routes(context: ApiContext) -> APIRouter:
         "/generate/{request_id}/cancel",
         summary="End a request",
         description=CANCEL,
-        **describe(None, CancelAnswer, refusals=(401, 404, 422)),
+        **describe(None, CancelAnswer, refusals=(404, 422)),
     )
     async def cancel(request: Request, request_id: RequestId) -> Response:
         if await request.body() not in (b"", b"{}"):
