@@ -1,5 +1,5 @@
-"""What each part of the CPU path is worth: the engine as it serves, and with one part
-replaced by its plain twin, interleaved in one run.
+"""What the compiled forward is worth: the engine as it serves, and running PyTorch instead,
+interleaved in one run.
 
     python -m loadtests.ablation --shape gpt2 --dtype bfloat16 --batch 1,8,32
 
@@ -13,6 +13,7 @@ import argparse
 import os
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from model.threads import set_wait_policy
@@ -26,13 +27,15 @@ from rich.table import Table
 
 from model import cpu
 from model.backends.cpu import CpuBackend
-from model.backends.select import select_backend
+from model.compiled import CompiledForward
 from model.config import ModelConfig
 from model.cpu import RowPadding
 from model.families import read_config
 from model.families.published import PUBLISHED
+from model.forward import EagerForward, Forward
 from model.kv_cache import KVCache
 from model.sampling_params import SamplingParams
+from model.transformer import Transformer
 from service.bench.random_weights import random_model
 from service.engine.blocks import BlockPool
 from service.engine.core import EngineCore
@@ -47,42 +50,53 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Variant:
-    """Which parts are on."""
+    """What runs the model, and whether its rows are padded for deterministic mode."""
 
     name: str
-    packed: bool = True
-    compiled_layers: bool = True
-    compiled_attention: bool = True
-    padded: bool = True
+    make_forward: Callable[[Transformer, KVCache], Forward]
+    is_padded: bool = False
+
+
+def torch_plain(model: Transformer, cache: KVCache) -> Forward:
+    """F.linear, attention in tiles of torch's products."""
+    return EagerForward(model, CpuBackend(model.config, cache))
+
+
+def torch_packed(model: Transformer, cache: KVCache) -> Forward:
+    """The same with weights packed for oneDNN: what serves without a C compiler."""
+    cpu.pack_weights(model)
+    return torch_plain(model, cache)
+
+
+def torch_compiled(model: Transformer, cache: KVCache) -> Forward:
+    """torch.compile of everything between the attentions, packed weights and all."""
+    cpu.pack_weights(model)
+    for block in model.blocks:
+        block.mlp.compile(dynamic=True)
+        block.mlp_norm.compile(dynamic=True)
+        block.attention_norm.compile(dynamic=True)
+    return torch_plain(model, cache)
 
 
 VARIANTS = (
-    Variant("as served"),
-    Variant("weights not packed", packed=False),
-    Variant("attention in torch", compiled_attention=False),
-    Variant("norms and SwiGLU in torch", compiled_layers=False),
-    Variant("rows not padded (not deterministic)", padded=False),
+    Variant("as served: one compiled call", CompiledForward),
+    Variant("torch, packed (no C compiler)", torch_packed, is_padded=True),
+    Variant("torch, packed, not deterministic", torch_packed),
+    Variant("torch, plain", torch_plain),
 )
+COMPILE_VARIANT = Variant("torch.compile around attention", torch_compiled, is_padded=True)
 
 
 def build(variant: Variant, shape: ModelConfig, dtype: torch.dtype, max_batch: int) -> EngineCore:
-    """An engine of random weights with the variant's parts."""
-    length = PROMPT_LEN + 512
-    model = random_model(shape, min(length, shape.max_positions), CPU, dtype, seed=0)
-    if variant.packed:
-        cpu.pack_weights(model)
-    if variant.compiled_layers:
-        cpu.use_compiled_kernels(model)
+    """An engine of random weights that runs the variant."""
+    length = min(PROMPT_LEN + 512, shape.max_positions)
+    model = random_model(shape, length, CPU, dtype, seed=0)
     num_blocks = max_batch * -(-length // BLOCK_SIZE)
     cache = KVCache.allocate(shape, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=dtype)
-    attention = (
-        select_backend(shape, cache).backend
-        if variant.compiled_attention
-        else CpuBackend(shape, cache)
-    )
-    padding = cpu.choose_padding(model) if variant.padded else None
+    forward = variant.make_forward(model, cache)
+    padding = cpu.choose_padding(model) if variant.is_padded else None
     limits = Limits(max_batch, max(512, max_batch), model.max_positions)
-    runner = Runner(model, attention, BLOCK_SIZE, (), CPU, padding=padding or RowPadding())
+    runner = Runner(forward, shape, BLOCK_SIZE, (), CPU, padding=padding or RowPadding())
     return EngineCore(Scheduler(limits, BlockPool(num_blocks, BLOCK_SIZE)), runner)
 
 
@@ -90,7 +104,7 @@ def decode_step_ms(core: EngineCore, batch: int, num_steps: int) -> float:
     """Median of `num_steps` steps in which `batch` sequences decode one token each."""
     generator = torch.Generator().manual_seed(batch)
     params = SamplingParams(max_tokens=num_steps + 4, temperature=0.0, ignore_eos=True)
-    vocab_size = core.runner.model.config.vocab_size
+    vocab_size = core.runner.config.vocab_size
     for sequence_id in range(batch):
         prompt = torch.randint(vocab_size, (PROMPT_LEN,), generator=generator).tolist()
         core.add(Submit(sequence_id, prompt, params))
@@ -116,13 +130,23 @@ def main() -> None:
     parser.add_argument("--batch", default="1,8,32", help="sequences in a step, a list")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20, help="decode steps a measurement")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile too, and how long it takes to start"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     batches = [int(batch) for batch in arguments.batch.split(",")]
     shape = read_config(PUBLISHED[arguments.shape])
     dtype = getattr(torch, arguments.dtype)
-    cores = {v.name: build(v, shape, dtype, max(batches)) for v in VARIANTS}
+    variants = (*VARIANTS, COMPILE_VARIANT) if arguments.compile else VARIANTS
+    cores = {v.name: build(v, shape, dtype, max(batches)) for v in variants}
+    if arguments.compile:
+        began = time.perf_counter()
+        with torch.inference_mode():
+            for batch in batches:
+                decode_step_ms(cores[COMPILE_VARIANT.name], batch, 1)
+        print(f"torch.compile: first steps took {time.perf_counter() - began:.1f} s")
     times: dict[tuple[str, int], list[float]] = {}
     with torch.inference_mode():
         for _ in track(range(arguments.rounds), "rounds", console=Console(stderr=True)):
@@ -130,7 +154,8 @@ def main() -> None:
                 for name, core in cores.items():
                     step_ms = decode_step_ms(core, batch, arguments.steps)
                     times.setdefault((name, batch), []).append(step_ms)
-    table = Table(title=f"decode step, {arguments.shape} {arguments.dtype}: ms (times as served)")
+    title = f"decode step, {arguments.shape} {arguments.dtype}: ms (times as served)"
+    table = Table(title=title)
     table.add_column("variant")
     for batch in batches:
         table.add_column(f"batch {batch}", justify="right")
@@ -140,7 +165,9 @@ def main() -> None:
             step_ms = statistics.median(times[name, batch])
             ratio = statistics.median(
                 ours / served
-                for ours, served in zip(times[name, batch], times["as served", batch], strict=True)
+                for ours, served in zip(
+                    times[name, batch], times[VARIANTS[0].name, batch], strict=True
+                )
             )
             cells.append(f"{step_ms:.2f} ({ratio:.2f}x)")
         table.add_row(name, *cells)

@@ -63,6 +63,13 @@ class ModelSettings(CommandSettings):
     max_batched_tokens: int = Field(
         1024, ge=1, le=2**20, description="tokens in one step at most: decodes and prompt chunks"
     )
+    max_step_ratio: float = Field(
+        2.5,
+        ge=0,
+        le=1000,
+        description="beside running streams, prompts come in chunks that make a step at most about "
+        "so many times as long; 0: whole budgets",
+    )
     kv_cache_gb: float | None = Field(
         None, gt=0, description="memory for keys and values in GiB; without it, chosen by need"
     )
@@ -192,6 +199,7 @@ def engine_config(settings: ModelSettings, model_dir: Path) -> EngineConfig:
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
         max_batched_tokens=settings.max_batched_tokens,
+        max_step_ratio=settings.max_step_ratio,
         kv_cache_bytes=None if settings.kv_cache_gb is None else int(settings.kv_cache_gb * GIB),
         block_size=settings.block_size,
         threads=settings.threads,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from model.sampling import SampledTokens
 from service.engine.grammars import GrammarQueue
 from service.engine.messages import EngineFinish, EngineStats, SequenceOutput, Submit, TokenLogprob
+from service.engine.pace import PromptPace
 from service.engine.profile import StepProfile
 from service.engine.recorder import Recorder
 from service.engine.runner import Runner
@@ -30,6 +31,7 @@ class EngineCore:
     scheduler: Scheduler
     runner: Runner
     grammars: GrammarQueue | None = None  # None: none can be followed here
+    pace: PromptPace = field(default_factory=lambda: PromptPace(0.0))
     sequences: dict[int, Sequence] = field(default_factory=dict)
     last_step: StepProfile = field(default_factory=StepProfile)
     recorder: Recorder | None = None
@@ -78,7 +80,8 @@ class EngineCore:
         outputs, self._refused = self._refused, []
         profile = self.last_step = StepProfile()
         began = time.monotonic()
-        scheduled = self.scheduler.schedule()
+        scheduled = self.scheduler.schedule(self.pace.prompt_tokens)
+        num_decodes = sum(item.num_tokens == 1 for item in scheduled)
         profile.num_tokens = sum(item.num_tokens for item in scheduled)
         profile.referenced_blocks = self.scheduler.pool.num_referenced
         profile.schedule_s = time.monotonic() - began
@@ -90,6 +93,7 @@ class EngineCore:
             self.recorder.end()
         self._steps += 1
         profile.step_s = time.monotonic() - began
+        self.pace.stepped(profile.step_s, num_decodes, profile.num_tokens - num_decodes)
         return outputs
 
     def stats(self) -> EngineStats:

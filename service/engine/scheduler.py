@@ -95,15 +95,24 @@ class Scheduler:
         queue.remove(sequence)
         self._give_back(sequence)
 
-    def schedule(self) -> list[Scheduled]:
-        """Choose this step's tokens and give every chosen sequence the blocks for them."""
+    def schedule(self, prompt_tokens: int | None = None) -> list[Scheduled]:
+        """Choose this step's tokens and give every chosen sequence the blocks for them.
+
+        `prompt_tokens` bounds those of prompts beside decodes; alone they have the whole budget.
+        """
         budget = self.limits.max_batched_tokens
+        has_decodes = any(is_decode(sequence) for sequence in self.running)
+        prompt_budget = budget if prompt_tokens is None or not has_decodes else prompt_tokens
         step: dict[int, Scheduled] = {}
         preempted: set[int] = set()
         for sequence in self._service_order():
             if sequence.id in preempted or budget == 0:
                 continue
             count = min(sequence.num_uncomputed, budget)
+            if not is_decode(sequence):
+                count = min(count, prompt_budget)
+                if count == 0:
+                    continue
             while not self._grow(sequence, sequence.num_computed + count):
                 victim = self.running[-1]
                 self._preempt(victim)
@@ -115,15 +124,18 @@ class Scheduler:
             else:
                 step[sequence.id] = Scheduled(sequence, count)
                 budget -= count
+                if not is_decode(sequence):
+                    prompt_budget -= count
         # After a preemption the pool is full: admitting now would preempt again.
-        while self.waiting and budget > 0 and not preempted:
+        while self.waiting and min(budget, prompt_budget) > 0 and not preempted:
             sequence = self.waiting[0]
             if len(self.running) == self.limits.max_num_seqs or not self._admit(sequence):
                 break
-            count = min(sequence.num_uncomputed, budget)
+            count = min(sequence.num_uncomputed, budget, prompt_budget)
             self._grow(sequence, sequence.num_computed + count)
             step[sequence.id] = Scheduled(sequence, count)
             budget -= count
+            prompt_budget -= count
         return list(step.values())
 
     def computed(self, item: Scheduled) -> None:
@@ -141,8 +153,8 @@ class Scheduler:
     def _service_order(self) -> Iterator[Sequence]:
         """Decodes before prompt chunks, so that no running stream stalls behind a prompt."""
         snapshot = list(self.running)
-        yield from (s for s in snapshot if s.num_uncomputed == 1)
-        yield from (s for s in snapshot if s.num_uncomputed > 1)
+        yield from (s for s in snapshot if is_decode(s))
+        yield from (s for s in snapshot if not is_decode(s))
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.pool.block_size)
@@ -185,6 +197,11 @@ class Scheduler:
         self.pool.release(sequence.blocks)
         sequence.blocks = []
         sequence.num_computed = 0
+
+
+def is_decode(sequence: Sequence) -> bool:
+    """Whether its next step is one token, whose successor is drawn."""
+    return sequence.num_uncomputed == 1
 
 
 def _rank(sequence: Sequence) -> tuple[int, int]:

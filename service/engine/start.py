@@ -20,6 +20,7 @@ from service.engine.core import EngineCore
 from service.engine.grammars import GrammarQueue
 from service.engine.heartbeat import Heartbeat
 from service.engine.messages import EngineConfig, ModelInfo
+from service.engine.pace import PromptPace
 from service.engine.runner import Runner
 from service.engine.scheduler import Limits, Scheduler
 from service.grammars import are_installed
@@ -156,6 +157,7 @@ def assemble(
             padding=selection.padding or RowPadding(),
             heartbeat=heartbeat,
         ),
+        pace=PromptPace(config.max_step_ratio),
     )
     info = ModelInfo(
         family=model.config.family,

@@ -6,7 +6,6 @@ function of the sequence and i, and what it was not given it does not compute.
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass, field
 
 from hypothesis import HealthCheck, settings
@@ -80,13 +79,9 @@ class Reader:
 class Journal(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.loop = asyncio.new_event_loop()
         self.engine: PlayedEngine | None = None
         self.readers: list[Reader] = []
-        self.in_flight = self.loop.run_until_complete(self._make())
-
-    async def _make(self) -> InFlight:
-        return InFlight(self._send, Backlog())
+        self.in_flight = InFlight(self._send, Backlog())
 
     def _send(self, message: ToEngine) -> None:
         assert self.engine is not None, "a message to nobody"
@@ -104,12 +99,12 @@ class Journal(RuleBasedStateMachine):
             assert reader.is_cancelled or len(reader.ends) == 1
         assert len(self.in_flight) == 0
         assert self.in_flight.nothing.is_set()
-        self.loop.close()
 
     def _read(self, reader: Reader) -> None:
-        if reader.ends or not reader.entry._news.is_set():
+        output = reader.entry.take()
+        if output is None:
             return
-        output = self.loop.run_until_complete(reader.entry.next())
+        assert not reader.ends, "something after the end"
         reader.token_ids += output.token_ids
         if output.finish_reason is not None:
             reader.ends.append(output.finish_reason)
@@ -207,14 +202,15 @@ TestJournal.settings = settings(
 )
 
 
-async def test_what_cannot_be_sent_ends_with_the_numbers() -> None:
+def test_what_cannot_be_sent_ends_with_the_numbers() -> None:
     def refuse(message: ToEngine) -> None:
         raise MessageTooLargeError("a Submit message of 9 bytes was to be sent; the limit is 8")
 
     in_flight = InFlight(refuse, Backlog())
     in_flight.engine_ready()
     (entry,) = in_flight.add([SequenceRequest([1], SamplingParams())])
-    output = await entry.next()
+    output = entry.take()
+    assert output is not None
     assert output.finish_reason == "error"
     assert "limit is 8" in str(output.error)
     assert len(in_flight) == 0
