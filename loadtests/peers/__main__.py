@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="measure in turns and print ratios")
     run.add_argument("--shape", choices=SHAPES, default="gpt2")
-    run.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
+    run.add_argument("--dtype", choices=("fp32", "bf16", "int8"), default="bf16")
     run.add_argument("--what", choices=("decode", "prefill", "http"), default="decode")
     run.add_argument("--batch", type=_numbers, default=(1, 8, 32), help="such as 1,8,32")
     run.add_argument("--rounds", type=int, default=3)

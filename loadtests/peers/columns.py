@@ -36,6 +36,8 @@ class Column:
         """Why this column cannot be had here, or None."""
         if self.package and importlib.util.find_spec(self.package) is None:
             return f"{self.package} is not installed"
+        if self.package == "transformers" and work.dtype == "int8":
+            return "transformers computes no int8 weights on a CPU"
         for path, step in self._needed(folder, work):
             if not path.exists():
                 return folder.reason(step) or f"{step}: not prepared"
@@ -44,9 +46,10 @@ class Column:
     def _needed(self, folder: Folder, work: Work) -> list[tuple[Path, str]]:
         needed = [(Path(work.checkpoint), f"checkpoint {work.shape}")]
         if self.in_venv:
+            kind = "int8" if work.dtype == "int8" else "fp32"
             needed += [
                 (folder.python, "venv"),
-                (folder.openvino(work.shape), f"openvino {work.shape}"),
+                (folder.openvino(work.shape, work.dtype), f"openvino {work.shape} {kind}"),
             ]
         if self.program:
             needed += [

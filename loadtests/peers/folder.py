@@ -51,8 +51,8 @@ class Folder:
     def gguf(self, shape: str, dtype: str) -> Path:
         return self.root / "gguf" / f"{shape}-{dtype}.gguf"
 
-    def openvino(self, shape: str) -> Path:
-        return self.root / "openvino" / shape
+    def openvino(self, shape: str, dtype: str) -> Path:
+        return self.root / "openvino" / (f"{shape}-int8" if dtype == "int8" else shape)
 
     def reason(self, step: str) -> str | None:
         """Why a step of `prepare` failed, if it did."""

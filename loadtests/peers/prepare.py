@@ -25,7 +25,7 @@ from loadtests.peers.work import PeerError
 REPOSITORY = Path(__file__).parents[2]
 PEERS = ("transformers", "llamacpp", "openvino")
 LLAMACPP_PROGRAMS = ("llama-batched-bench", "llama-server")
-GGUF_TYPES = {"fp32": "f32", "bf16": "bf16"}
+GGUF_TYPES = {"fp32": "f32", "bf16": "bf16", "int8": "q8_0"}
 # The converters need torch, transformers and numpy; cmake and ninja build llama.cpp, whose
 # package is built by scikit-build-core.
 REQUIREMENTS = {
@@ -101,12 +101,13 @@ def _steps(
     if "openvino" in peers:
         yield Step("openvino tools", tools.mark("openvino"), tools.install, ("venv",))
         for shape in shapes:
-            yield Step(
-                f"openvino {shape.name}",
-                folder.openvino(shape.name),
-                _OpenVino(tools, shape),
-                ("openvino tools", f"checkpoint {shape.name}"),
-            )
+            for kind in ("fp32", "int8"):
+                yield Step(
+                    f"openvino {shape.name} {kind}",
+                    folder.openvino(shape.name, kind),
+                    _OpenVino(tools, shape, kind),
+                    ("openvino tools", f"checkpoint {shape.name}"),
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,19 +206,21 @@ class _Gguf:
 
 @dataclass(frozen=True, slots=True)
 class _OpenVino:
-    """Exported in float32: the precision to compute in is chosen when the model is loaded."""
+    """Exported in float32 (the precision to compute in is chosen when the model is loaded) or with
+    int8 weights."""
 
     tools: _Tools
     shape: Shape
+    kind: str
 
     def __call__(self, target: Path) -> None:
         folder = self.tools.folder
         beside = _beside(target)
         self.tools.run(
-            f"openvino-{self.shape.name}",
+            f"openvino-{self.shape.name}-{self.kind}",
             *(folder.python.parent / "optimum-cli", "export", "openvino"),
             *("-m", self.shape.checkpoint(folder.root)),
-            *("--task", "text-generation-with-past", "--weight-format", "fp32", beside),
+            *("--task", "text-generation-with-past", "--weight-format", self.kind, beside),
         )
         beside.rename(target)
 

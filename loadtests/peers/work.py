@@ -26,7 +26,7 @@ class Work:
     """So many prompts of random ids at once, so many greedy tokens each, end of text ignored."""
 
     shape: str
-    dtype: Literal["fp32", "bf16"]
+    dtype: Literal["fp32", "bf16", "int8"]
     what: What
     batches: tuple[int, ...]
     prompt_tokens: int

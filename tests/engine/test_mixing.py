@@ -133,8 +133,10 @@ def run_with_arrivals(core: EngineCore, requests: list[Submit], seed: int) -> di
 def test_many_random_requests_get_what_each_gets_alone(setup: Setup) -> None:
     """In a crowd, in chunks, from a cached prefix, preempted or not: bit for bit."""
     requests = random_requests(setup.num_requests, seed=1)
-    # 320 tokens: about a third of what 16 sequences want, so preemptions happen.
-    core = setup.core(num_blocks=320 // setup.block_size, max_batched_tokens=48)
+    # A quarter of what 16 of them want at once, and enough for the longest alone.
+    lengths = [len(one.prompt_token_ids) + one.sampling.max_tokens for one in requests]
+    num_tokens = max(sum(lengths) * 16 // len(lengths) // 4, max(lengths) + setup.block_size)
+    core = setup.core(num_blocks=num_tokens // setup.block_size, max_batched_tokens=48)
     results = run_with_arrivals(core, requests, seed=2)
     assert core.stats().preemptions > 0
     for request in requests:

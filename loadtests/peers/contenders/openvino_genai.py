@@ -17,7 +17,8 @@ import openvino_genai
 from loadtests.peers.folder import Folder
 from loadtests.peers.work import Measurement, Work, from_stamps, require_tokens, serve_work, warmed
 
-PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
+# int8 is of the weights; computed in bf16, as here.
+PRECISIONS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}
 CACHE_GB = 2
 
 
@@ -35,7 +36,7 @@ def measure(work: Work) -> Iterator[Measurement]:
         "KV_CACHE_PRECISION": PRECISIONS[work.dtype],
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
     }
-    model = str(Folder(Path(work.folder)).openvino(work.shape))
+    model = str(Folder(Path(work.folder)).openvino(work.shape, work.dtype))
     pipeline = openvino_genai.ContinuousBatchingPipeline(model, scheduler, "CPU", properties)
 
     def run(prompts: list[list[int]], output_tokens: int) -> Measurement:

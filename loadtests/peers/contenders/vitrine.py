@@ -12,7 +12,7 @@ from service.engine.core import EngineCore
 from service.engine.messages import EngineConfig, Submit
 from service.engine.start import start_engine
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
 
 
 def measure(work: Work) -> Iterator[Measurement]:

@@ -12,7 +12,7 @@ from loadtests.peers.folder import Folder
 from loadtests.peers.streams import Json, Seen
 from loadtests.peers.work import Measurement, PeerError, Work, serve_work
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
 
 
 def measure(work: Work) -> Iterator[Measurement]:
