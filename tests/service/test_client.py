@@ -244,7 +244,7 @@ async def test_tokens_that_wait_are_bounded(engine: PlayedEngine) -> None:
 
 async def test_a_full_queue_tells_the_measured_wait(engine: PlayedEngine) -> None:
     clock = Clock()
-    engine.client._backlog = Backlog(clock)
+    engine.client._backlog = engine.client._in_flight._backlog = Backlog(clock)
     entries = engine.submit(8)
     for entry in entries[:4]:
         clock.now_s += 5

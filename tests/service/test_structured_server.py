@@ -168,7 +168,7 @@ def test_a_grammar_that_becomes_too_complex_ends_with_its_error(server: Server) 
 
 
 def test_the_worker_ends_with_the_server(tmp_path: Path) -> None:
-    with running_server(tmp_path, "--threads", "1") as server:
+    with running_server(tmp_path, "--threads", "1", "--no-standby") as server:
         children = psutil.Process(server.process.pid).children
         assert len(children()) == 1, "there is no worker before the first grammar"
         server.generate(BOOK)
