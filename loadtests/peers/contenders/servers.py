@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from loadtests.peers.machine import wait_until_quiet
 from loadtests.peers.streams import Json, Seen, read_all
 from loadtests.peers.work import (
     Measurement,
@@ -25,6 +26,7 @@ from loadtests.peers.work import (
 HOST = "127.0.0.1"
 START_LIMIT_S = 120.0
 STOP_LIMIT_S = 20.0
+SETTLE_LIMIT_S = 10.0
 
 
 @contextmanager
@@ -41,6 +43,8 @@ def running(
         process = subprocess.Popen(command(port), stdout=output, stderr=output, env=environment)
     try:
         _wait_ready(process, url + ready, log)
+        # Ours starts a standby engine then: two seconds of a core, once in a server's life.
+        wait_until_quiet(SETTLE_LIMIT_S, lambda _: None)
         yield url
     finally:
         process.terminate()
