@@ -156,7 +156,6 @@ def sweep(given: argparse.Namespace) -> None:
     shape, dtype = read_config(PUBLISHED[given.shape]), DTYPES[given.dtype]
     points = [(n, 128) for n in (1, 2, 4, 8, 16, 32, 64)]
     points += [(8, context) for context in (256, 512, 1024, 2048) if context < shape.max_positions]
-    roofline = measure_roofline(CPU, dtype)
     traffic = traffic_of(shape, dtype, int8=given.dtype == "int8")
     core = engine(given, max(c for _, c in points) + 64, 64)
     rng, rows = random.Random(given.seed), []
@@ -168,6 +167,8 @@ def sweep(given: argparse.Namespace) -> None:
         step_s = median(_step_s(core) for _ in range(given.steps))
         for id_ in range(num_seqs):
             core.abort(id_)
+        # Each time: the memory of a shared machine is not the same from one minute to the next.
+        roofline = measure_roofline(CPU, dtype)
         least_s = roofline.least_s(*traffic.decode([context + 20] * num_seqs))
         rows.append(
             {
@@ -175,20 +176,19 @@ def sweep(given: argparse.Namespace) -> None:
                 "context": context,
                 "tokens_per_s": num_seqs / step_s,
                 "roof_tokens_per_s": num_seqs / least_s,
+                "read_bytes_per_s": roofline.read_bytes_per_s,
+                "flops_per_s": roofline.flops_per_s,
             }
         )
     table = Table(title=f"{given.shape} {given.dtype}: decode, tokens/s")
-    for heading in ("sequences", "context", "tokens/s", "roof", "of the roof"):
+    for heading in ("sequences", "context", "tokens/s", "roof", "of the roof", "GB/s", "GFLOP/s"):
         table.add_column(heading, justify="right")
     for row in rows:
         speed, roof = row["tokens_per_s"], row["roof_tokens_per_s"]
         cells = (f"{row['sequences']}", f"{row['context']}", f"{speed:,.0f}", f"{roof:,.0f}")
-        table.add_row(*cells, f"{100 * speed / roof:.0f} %")
+        machine = (f"{row['read_bytes_per_s'] / 1e9:.0f}", f"{row['flops_per_s'] / 1e9:.0f}")
+        table.add_row(*cells, f"{100 * speed / roof:.0f} %", *machine)
     Console(width=100).print(table)
-    print(
-        f"roof: {roofline.read_bytes_per_s / 1e9:.1f} GB/s, "
-        f"{roofline.flops_per_s / 1e9:.0f} GFLOP/s, measured just before"
-    )
     if given.out is not None:
         given.out.mkdir(parents=True, exist_ok=True)
         name = f"sweep-{given.shape}-{given.dtype}"

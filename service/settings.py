@@ -64,7 +64,7 @@ class ModelSettings(CommandSettings):
         1024, ge=1, le=2**20, description="tokens in one step at most: decodes and prompt chunks"
     )
     max_step_ratio: float = Field(
-        2.5,
+        2.0,
         ge=0,
         le=1000,
         description="beside running streams, prompts come in chunks that make a step at most about "

@@ -24,7 +24,7 @@ class EngineConfig(msgspec.Struct, frozen=True, tag=True):
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_batched_tokens: int = 1024
-    max_step_ratio: float = 2.5
+    max_step_ratio: float = 2.0
     kv_cache_bytes: int | None = None
     block_size: int = 32
     threads: int | None = None

@@ -13,7 +13,7 @@ from statistics import median
 
 NUM_REMEMBERED = 8
 # Less would cost more in steps than it saves in waiting.
-FEWEST_TOKENS = 32
+FEWEST_TOKENS = 16
 
 
 class PromptPace:
@@ -41,7 +41,7 @@ class PromptPace:
         """How many a step with decodes may take; None: no bound, or nothing is known yet."""
         if not self._max_step_ratio or not self._decode_s or not self._token_s:
             return None
-        token_s = median(self._token_s)
+        token_s = max(self._token_s)  # a late chunk of a long prompt costs more than an early one
         if token_s <= 0:
             return None
         wanted = (self._max_step_ratio - 1) * median(self._decode_s) / token_s
