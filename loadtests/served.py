@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -70,9 +71,11 @@ def offline(given: argparse.Namespace, model: list[str]) -> float:
 
 def served(url: str, given: argparse.Namespace) -> float:
     """The same of as many streams at once."""
+    rng = random.Random()
     bodies: list[Json] = [
         {
-            "prompt": [(7 * number + place) % 4000 + 1 for place in range(given.prompt_len)],
+            # Others each time: nothing is found in the cache, as for the engine alone.
+            "prompt": [rng.randrange(1, 4000) for _ in range(given.prompt_len)],
             "max_tokens": given.output_len,
             "temperature": 0,
             "ignore_eos": True,

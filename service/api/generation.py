@@ -139,7 +139,7 @@ class Generation:
             if not self._settled:
                 items += self._take_all()
             if items or self._settled:
-                self._next_s = self._clock() + self._house.pause_s
+                self._next_s = self._house.next_tick_s(self._clock())
                 return items
             await self._news.wait()
 
@@ -242,11 +242,15 @@ class ActiveGenerations:
         # Ids that were cancelled lately, so that cancelling twice is answered as once.
         self._cancelled: OrderedDict[RequestKey, None] = OrderedDict()
 
-    @property
-    def pause_s(self) -> float:
-        """How long each stream waits between its events now."""
+    def next_tick_s(self, now_s: float) -> float:
+        """When a stream that has just given an event gives its next; a time of the clock of
+        `now_s`. All streams wait for the same ticks: on a CPU each time the API wakes up it takes
+        a core from the engine, whose other threads then wait for that one."""
         pause_s = self._engine.stats.num_running / self._max_events_s
-        return min(pause_s, _LONGEST_PAUSE_S) if pause_s > _SHORTEST_PAUSE_S else 0.0
+        if pause_s <= _SHORTEST_PAUSE_S:
+            return now_s
+        pause_s = min(pause_s, _LONGEST_PAUSE_S)
+        return (now_s // pause_s + 1) * pause_s
 
     def admit(self, plans: list[Plan], tokenizer: Tokenizer, caller: Caller) -> Generation:
         """Submit all continuations, or raise what `Caller.begin` or `Engine.submit` raises.

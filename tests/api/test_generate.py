@@ -337,7 +337,6 @@ async def test_with_many_streams_tokens_share_events(house: Houses) -> None:
     exchange = h.exchange({"prompt": "a"})
     await exchange.until_events(1)
     [stream] = h.engine.streams
-    began = time.monotonic()
     stream.give(49)
     await exchange.until_events(2)
     for token_id in range(50, 70):
@@ -345,9 +344,11 @@ async def test_with_many_streams_tokens_share_events(house: Houses) -> None:
         await asyncio.sleep(0)
     stream.give(finish="length")
     events = await exchange.finish()
-    assert time.monotonic() - began >= 0.05
     check_stream(events, events[0].json["id"])
-    assert [t["token_ids"] for t in of_type(events, "token")] == [[49], [*range(50, 70)]]
+    shared = [event["token_ids"] for event in of_type(events, "token")]
+    assert shared[0] == [49]
+    assert [one for ids in shared for one in ids] == [49, *range(50, 70)]
+    assert len(shared) <= 3, "one, or two with a tick between them"
 
 
 async def test_a_client_that_leaves_while_its_tokens_wait_cancels(house: Houses) -> None:
