@@ -33,20 +33,40 @@ INLINE vec add_pairs(vec sum, uint32_t x, uvec w) {
 #endif
 }
 
+#if defined(__AVX512BF16__)
+#define HAS_INT8_TILES 1
+/* 16 pairs of int8 as bfloat16, exactly: what `dequantise` does, without the way over memory */
+INLINE uvec load_pairs_int8(const int8_t *w) {
+    const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)w)));
+    const __m512 high =
+        _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(w + LANES))));
+    return (uvec)_mm512_cvtne2ps_pbh(high, low);
+}
+#else
+#define HAS_INT8_TILES 0
+INLINE uvec load_pairs_int8(const int8_t *w) { /* never called */
+    (void)w;
+    return (uvec){0};
+}
+#endif
+
 #define UNROLL _Pragma("GCC unroll 8")
 
-/* rows and units are compile-time numbers. The arrays have fixed sizes, not these: an array
+/* rows, units and kind (of the weights) are compile-time numbers. The arrays have fixed sizes, not these: an array
  * sized by a parameter would live in memory, not in registers. */
-INLINE void tile(const int rows, const int units, const int is_bf16, const void *x,
-                 int64_t x_stride, const void *w, int64_t size, vec sums[TILE_ROWS][TILE_UNITS]) {
+INLINE void tile(const int rows, const int units, const int kind, const void *x, int64_t x_stride,
+                 const void *w, int64_t size, vec sums[TILE_ROWS][TILE_UNITS]) {
     vec sum[TILE_ROWS][TILE_UNITS];
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int u = 0; u < units; u++) sum[r][u] = splat(0);
-    if (is_bf16)
+    if (kind != FLOAT32)
         for (int64_t k = 0; k < size; k += 2) {
             uvec weight[TILE_UNITS];
-            UNROLL for (int u = 0; u < units; u++)
-                memcpy(&weight[u], (const uint16_t *)w + u * size * LANES + k * LANES, 64);
+            UNROLL for (int u = 0; u < units; u++) {
+                const int64_t at = u * size * LANES + k * LANES;
+                if (kind == INT8) weight[u] = load_pairs_int8((const int8_t *)w + at);
+                else memcpy(&weight[u], (const uint16_t *)w + at, 64);
+            }
             UNROLL for (int r = 0; r < rows; r++) {
                 uint32_t pair;
                 memcpy(&pair, (const uint16_t *)x + r * x_stride + k, 4);
@@ -70,8 +90,9 @@ INLINE void tile(const int rows, const int units, const int is_bf16, const void 
 
 #define CASE(ROWS, UNITS)                                                                    \
     case ROWS * 8 + UNITS:                                                                   \
-        if (is_bf16) tile(ROWS, UNITS, 1, x, x_stride, w, size, sums);                       \
-        else tile(ROWS, UNITS, 0, x, x_stride, w, size, sums);                               \
+        if (kind == FLOAT32) tile(ROWS, UNITS, FLOAT32, x, x_stride, w, size, sums);         \
+        else if (kind == BFLOAT16) tile(ROWS, UNITS, BFLOAT16, x, x_stride, w, size, sums);  \
+        else tile(ROWS, UNITS, INT8, x, x_stride, w, size, sums);                            \
         return
 #if TILE_ROWS == 6
 #define CASES(UNITS)                                                                         \
@@ -80,7 +101,7 @@ INLINE void tile(const int rows, const int units, const int is_bf16, const void 
 #define CASES(UNITS) CASE(1, UNITS); CASE(2, UNITS); CASE(3, UNITS)
 #endif
 
-static void run_tile(int64_t rows, int64_t units, int64_t is_bf16, const void *x, int64_t x_stride,
+static void run_tile(int64_t rows, int64_t units, int64_t kind, const void *x, int64_t x_stride,
                      const void *w, int64_t size, vec sums[TILE_ROWS][TILE_UNITS]) {
     switch (rows * 8 + units) {
         CASES(1);
@@ -122,30 +143,32 @@ INLINE void finish_gated(const Linear *l, const Output *o, int64_t row, int64_t 
 
 /* int8 -> bfloat16, exactly; the scale comes after the product. */
 static void dequantise(const int8_t *w, int64_t count, uint16_t *out) {
+#if HAS_INT8_TILES
+    for (int64_t i = 0; i < count; i += 2 * LANES) {
+        const uvec pairs = load_pairs_int8(w + i);
+        memcpy(out + i, &pairs, sizeof pairs);
+    }
+#else
     for (int64_t i = 0; i < count; i += LANES) {
         typedef int8_t bvec __attribute__((vector_size(16), aligned(1)));
         bvec b;
         memcpy(&b, w + i, sizeof b);
-#if defined(__AVX512F__) /* GCC takes the general form in halves */
-        const ivec whole = (ivec)_mm512_cvtepi8_epi32((__m128i)b);
-#else
-        const ivec whole = __builtin_convertvector(b, ivec);
-#endif
-        uvec bits = (uvec)__builtin_convertvector(whole, vec);
+        uvec bits = (uvec)__builtin_convertvector(__builtin_convertvector(b, ivec), vec);
         hvec h = narrow(bits >> 16); /* 8 bits of mantissa: exact */
         memcpy(out + i, &h, sizeof h);
     }
+#endif
 }
 
-/* `units` units from `unit` on, for rows [begin, end). */
-static void panel(const Linear *l, const void *x, int64_t x_is_bf16, const Output *o, int64_t unit,
-                  int64_t units, const void *w, int64_t begin, int64_t end) {
-    const int64_t size = l->in_features, width = x_is_bf16 ? 2 : 4;
+/* `units` units from `unit` on, for rows [begin, end); w and kind are those of their weights. */
+static void panel(const Linear *l, const void *x, const Output *o, int64_t unit, int64_t units,
+                  const void *w, int64_t kind, int64_t begin, int64_t end) {
+    const int64_t size = l->in_features, width = kind == FLOAT32 ? 4 : 2;
     int64_t tiles = (end - begin + TILE_ROWS - 1) / TILE_ROWS;
     for (int64_t row = begin; row < end; tiles--) {
         const int64_t rows = (end - row + tiles - 1) / tiles; /* 8 rows are 4 and 4, not 6 and 2 */
         vec sums[TILE_ROWS][TILE_UNITS];
-        run_tile(rows, units, x_is_bf16, (const char *)x + row * size * width, size, w, size, sums);
+        run_tile(rows, units, kind, (const char *)x + row * size * width, size, w, size, sums);
         for (int64_t r = 0; r < rows; r++) {
             if (o->activation == SWIGLU)
                 for (int64_t u = 0; u < units; u += 2)
@@ -177,12 +200,15 @@ void linear(const Linear *l, const void *x, int64_t rows, int64_t x_is_bf16, con
             const int64_t left = last - unit < TILE_UNITS ? last - unit : TILE_UNITS;
             const int64_t count = left == 3 ? 2 : left;
             const char *w = (const char *)l->weight + unit * size * LANES * weight_width;
-            if (l->kind == INT8) {
+            int64_t kind = l->kind;
+            if (kind == INT8 && (end - begin > 2 * TILE_ROWS || !HAS_INT8_TILES)) {
+                /* once for all tiles of rows */
                 uint16_t *wide = (uint16_t *)panels + omp_get_thread_num() * size * 4 * LANES;
                 dequantise((const int8_t *)w, count * size * LANES, wide);
                 w = (const char *)wide;
+                kind = BFLOAT16;
             }
-            panel(l, x, x_is_bf16, o, unit, count, w, begin, end);
+            panel(l, x, o, unit, count, w, kind, begin, end);
             unit += count;
         }
     }
