@@ -14,6 +14,8 @@ from statistics import median
 NUM_REMEMBERED = 8
 # Less would cost more in steps than it saves in waiting.
 FEWEST_TOKENS = 16
+# A token in a step of a thousand costs about half of one in a step of fifty.
+ALONE = 2
 
 
 class PromptPace:
@@ -33,8 +35,10 @@ class PromptPace:
             return
         if num_prompt_tokens < FEWEST_TOKENS:
             return  # too few to tell what one costs
-        beside_s = median(self._decode_s) if num_decodes and self._decode_s else 0.0
-        self._token_s.append(max(0.0, step_s - beside_s) / num_prompt_tokens)
+        if num_decodes and self._decode_s:
+            self._token_s.append(max(0.0, step_s - median(self._decode_s)) / num_prompt_tokens)
+        else:
+            self._token_s.append(ALONE * step_s / num_prompt_tokens)
 
     @property
     def prompt_tokens(self) -> int | None:

@@ -17,7 +17,7 @@ def test_nothing_known_is_no_bound() -> None:
 
 def test_the_bound_is_what_the_measured_costs_allow() -> None:
     pace = PromptPace(2.5)
-    pace.stepped(1.0, 0, 1000)  # 1 ms a token
+    pace.stepped(1.0, 0, 2000)  # 0.5 ms a token, 1 ms beside others
     pace.stepped(0.1, 8, 0)
     assert pace.prompt_tokens == 150  # 0.1 s and 1.5 x 0.1 s
     pace.stepped(0.4, 8, 150)  # it turns out to be 2 ms a token
