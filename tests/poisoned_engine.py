@@ -15,6 +15,8 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
+from model.kernels import native
+from model.kernels.native import NativeKernelError
 from model.sampling import SampledTokens
 from model.transformer import Block
 from service.engine import loop
@@ -43,6 +45,10 @@ def leave() -> NoReturn:
     os._exit(3)
 
 
+def no_compiler() -> NoReturn:
+    raise NativeKernelError("not in this test")
+
+
 def slow() -> None:
     healthy = Block.forward
 
@@ -68,6 +74,8 @@ def poisoned(fault: str) -> None:
     if fault == "unborn":
         loop.start = lambda *_: os.abort()
         return
+    if fault == "slow":
+        native.load = no_compiler  # layers that Python can slow down
     healthy = Runner.run
 
     def run(self: Runner, step: list[Scheduled], profile: StepProfile) -> SampledTokens:

@@ -53,7 +53,7 @@ def json_spec(schema: Schema) -> GrammarSpec:
 def request(
     tokenizer: Tokenizer, sequence_id: int, grammar: GrammarSpec | None, **params: Any
 ) -> Submit:
-    sampling: dict[str, Any] = {"max_tokens": 300, "seed": sequence_id, "logprobs": 1}
+    sampling: dict[str, Any] = {"max_tokens": 450, "seed": sequence_id, "logprobs": 1}
     sampling |= {"grammar": grammar} | params
     return Submit(sequence_id, tokenizer.encode("Once upon a time"), SamplingParams(**sampling))
 

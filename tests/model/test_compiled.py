@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -204,6 +205,28 @@ def test_a_nan_reaches_its_own_output_and_no_other(dtype: torch.dtype) -> None:
     assert torch.equal(poisoned[:2], clean)
     assert poisoned[2:].isnan().all()
     assert torch.equal(feed(forward, [1, 2], [0], 16, []), clean)
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_a_long_forward_shows_that_it_gets_on() -> None:
+    """A step that takes longer than the supervisor's patience must not look like a stall."""
+    shape = dataclasses.replace(
+        config(),
+        hidden_size=512,
+        intermediate_size=2048,
+        max_positions=2048,
+        num_layers=8,
+        sliding_windows=(),
+    )
+    cache = KVCache.allocate(shape, num_blocks=64, block_size=32, dtype=torch.float32)
+    forward = CompiledForward(random_model(shape), cache)
+    batch = single_sequence([1] * 2048, block_table=list(range(64)), block_size=32)
+    beats: list[float] = []
+    began = time.monotonic()
+    forward(batch, lambda: beats.append(time.monotonic()))
+    assert time.monotonic() - began > 0.4, "make it longer"
+    assert beats
 
 
 @pytest.mark.parametrize("mlp", ["gelu", "gelu_tanh", "swiglu"])
