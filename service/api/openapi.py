@@ -121,14 +121,21 @@ def _one_event(data: Sequence[type[msgspec.Struct]]) -> dict[str, Any]:
         "properties": {
             "id": {"type": "string"},
             "event": {"type": "string"},
-            "data": {
-                "type": "string",
-                "description": ", ".join(one.__name__ for one in data) + ", as JSON.",
-                "contentMediaType": "application/json",
-                "contentSchema": {"anyOf": [_ref(one) for one in data]},
-            },
+            "data": _event_data(data),
         },
     }
+
+
+def _event_data(data: Sequence[type[msgspec.Struct]]) -> dict[str, Any]:
+    as_json = {
+        "description": ", ".join(one.__name__ for one in data) + ", as JSON.",
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": [_ref(one) for one in data]},
+    }
+    if OpenAIErrorAnswer not in data:
+        return {"type": "string", **as_json}
+    # OpenAI's streams end with a word that is no JSON.
+    return {"type": "string", "anyOf": [{"const": "[DONE]"}, as_json]}
 
 
 def _headers(status: int) -> dict[str, Any]:
