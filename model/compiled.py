@@ -56,8 +56,6 @@ def unsupported(config: ModelConfig, cache: KVCache) -> str | None:
 class Scratch:
     """Buffers of a step, kept between steps: fresh ones would be paged in each time."""
 
-    config: ModelConfig
-    dtype: torch.dtype
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def at_least(self, name: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
@@ -70,7 +68,7 @@ class Scratch:
 
 class CompiledForward:
     """`Forward` in compiled code. Made once; the model's plain weights are gone afterwards
-    (`weights` gives them back, block by block)."""
+    (`Linear.plain_weight` unpacks one again)."""
 
     def __init__(self, model: Transformer, cache: KVCache, *, int8: bool = False) -> None:
         """Raises `NativeKernelError` where the kernels cannot be built. The model's dtype is
@@ -105,7 +103,7 @@ class CompiledForward:
             cos, sin = model.position_tables
             self._kept += [cos, sin]
             self._struct.cos, self._struct.sin = cos.data_ptr(), sin.data_ptr()
-        self._scratch = Scratch(config, self._dtype)
+        self._scratch = Scratch()
 
     @property
     def nbytes(self) -> int:

@@ -52,8 +52,8 @@ INLINE uvec load_pairs_int8(const int8_t *w) { /* never called */
 
 #define UNROLL _Pragma("GCC unroll 8")
 
-/* rows, units and kind (of the weights) are compile-time numbers. The arrays have fixed sizes, not these: an array
- * sized by a parameter would live in memory, not in registers. */
+/* rows, units and kind (of the weights) are compile-time numbers. The arrays have fixed sizes, not
+ * these: an array sized by a parameter would live in memory, not in registers. */
 INLINE void tile(const int rows, const int units, const int kind, const void *x, int64_t x_stride,
                  const void *w, int64_t size, vec sums[TILE_ROWS][TILE_UNITS]) {
     vec sum[TILE_ROWS][TILE_UNITS];

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import platform
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Literal
@@ -205,6 +208,18 @@ def test_a_nan_reaches_its_own_output_and_no_other(dtype: torch.dtype) -> None:
     assert torch.equal(poisoned[:2], clean)
     assert poisoned[2:].isnan().all()
     assert torch.equal(feed(forward, [1, 2], [0], 16, []), clean)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other names for lesser processors")
+@pytest.mark.parametrize("march", ["x86-64-v3", "x86-64-v4"])
+def test_lesser_processors_pass_the_same_tests(march: str, tmp_path: Path) -> None:
+    if march == "x86-64-v4" and " avx512f " not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this processor has no AVX-512; x86-64-v3 runs everywhere")
+    command = [sys.executable, "-m", "tests.model.portable_kernels", march, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert list((tmp_path / "vitrine").glob("*.so")), "another library was tested"
 
 
 @pytest.mark.slow
