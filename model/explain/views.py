@@ -84,15 +84,18 @@ def candidates(logits: Float[Tensor, " vocab_size"], num: int) -> list[Candidate
     ]
 
 
-def token_scores(recording: Recording) -> list[TokenScore | None]:
-    """Of every token of the text; None for the first, which nothing was expected of. Raises
-    `ExplainError` when only the last position's logits were recorded."""
+def token_scores(recording: Recording, tokens: range) -> list[TokenScore]:
+    """Of these tokens of the text, those of them that are there; the first, 0, has no score, as
+    nothing was expected of it. Raises `ExplainError` when only the last position's logits were
+    recorded."""
     num_tokens = recording.num_tokens
     if recording.logits.shape[0] != num_tokens:
         raise ExplainError("the logits of every position are needed; record(every_logit=True)")
-    scores: list[TokenScore | None] = [None]
-    for row, token in enumerate(recording.ids[1:].tolist()):
-        logits = recording.logits[row]
+    if tokens.start < 1:
+        raise ExplainError(f"token {tokens.start} was asked for; the first with a score is 1")
+    scores = []
+    for place, token in enumerate(recording.ids[tokens.start : tokens.stop].tolist()):
+        logits = recording.logits[tokens.start + place - 1]
         logprob = float(logits[token] - torch.logsumexp(logits, dim=-1))
         scores.append(TokenScore(logprob, int((logits > logits[token]).sum()) + 1))
     return scores
