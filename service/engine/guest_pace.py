@@ -10,8 +10,8 @@ two credits that fill with every gap:
   guests, and settled when the gap is over. One gap in RARE may become so: too few to move the
   percentile itself.
 
-Where a piece never fits, its risk is 1, and it waits RARE gaps; in the gap that it then spoils, more
-pieces cost no more risk, and it takes the time that was saved: the guest still gets to its end.
+Where a piece never fits, its risk is 1, and it waits RARE gaps; in the gap that it then spoils,
+more pieces cost no more risk, and it takes the time that was saved: it still gets to its end.
 """
 
 from __future__ import annotations
