@@ -68,7 +68,7 @@ def create_app(
         model_name=model_name,
         metrics=metrics,
         chat_renderer=chat_renderer,
-        generations=ActiveGenerations(engine, metrics, settings.max_events_s),
+        generations=ActiveGenerations(engine, metrics),
         resumable=resumable,
         grammars=grammars,
     )

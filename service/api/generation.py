@@ -1,9 +1,7 @@
 """One request in flight: its continuations merged, its deadline, and its one end.
 
 Nothing is queued here. `next` takes what each stream of the engine has ready, at most one
-merged output each, and is called again only when the client took the last. With many streams
-it waits a moment between, so that tokens share events: an event costs the same whatever is in
-it, and on a CPU what the API takes the engine lacks.
+merged output each, and is called again only when the client took the last.
 """
 
 from __future__ import annotations
@@ -31,8 +29,6 @@ log = logging.getLogger(__name__)
 # How a request with several continuations ended: the first of these that one of them did.
 _BY_WEIGHT = ("timeout", "cancelled", "length", "stop")
 _MAX_CANCELLED = 1024
-_SHORTEST_PAUSE_S = 0.002  # a shorter one costs more than it saves
-_LONGEST_PAUSE_S = 0.05  # more than that a reader would see
 
 RequestKey = tuple[str | None, str]  # owner, request id: nobody meets another's requests
 
@@ -119,7 +115,6 @@ class Generation:
             continuation.stream.notify(self._news)
         loop = asyncio.get_running_loop()
         self._clock = loop.time
-        self._next_s = 0.0  # not before, on this clock, does `next` give anything
         # Not checked when the client reads: the request must end though it never reads.
         self._deadline = loop.call_at(plan.arrived_s + plan.timeout_s, self.end, "timeout")
 
@@ -131,15 +126,12 @@ class Generation:
 
     async def next(self) -> list[Item]:
         """What is new, at least one item; an empty list when everything was said."""
-        if not self._settled and (pause_s := self._next_s - self._clock()) > 0:
-            await asyncio.sleep(pause_s)
         while True:
             self._news.clear()
             items, self._last_items = self._last_items, []
             if not self._settled:
                 items += self._take_all()
             if items or self._settled:
-                self._next_s = self._house.next_tick_s(self._clock())
                 return items
             await self._news.wait()
 
@@ -233,24 +225,12 @@ class Generation:
 class ActiveGenerations:
     """All requests in flight, and the door into the engine."""
 
-    def __init__(self, engine: Engine, metrics: Metrics, max_events_s: float) -> None:
-        """`max_events_s`: events a second of all streams together, from which on they wait."""
+    def __init__(self, engine: Engine, metrics: Metrics) -> None:
         self.metrics = metrics
-        self._max_events_s = max_events_s
         self._engine = engine
         self._active: set[Generation] = set()
         # Ids that were cancelled lately, so that cancelling twice is answered as once.
         self._cancelled: OrderedDict[RequestKey, None] = OrderedDict()
-
-    def next_tick_s(self, now_s: float) -> float:
-        """When a stream that has just given an event gives its next; a time of the clock of
-        `now_s`. All streams wait for the same ticks: on a CPU each time the API wakes up it takes
-        a core from the engine, whose other threads then wait for that one."""
-        pause_s = self._engine.stats.num_running / self._max_events_s
-        if pause_s <= _SHORTEST_PAUSE_S:
-            return now_s
-        pause_s = min(pause_s, _LONGEST_PAUSE_S)
-        return (now_s // pause_s + 1) * pause_s
 
     def admit(self, plans: list[Plan], tokenizer: Tokenizer, caller: Caller) -> Generation:
         """Submit all continuations, or raise what `Caller.begin` or `Engine.submit` raises.

@@ -37,6 +37,7 @@ from service.engine.messages import (
     encode,
     to_engine_decoder,
 )
+from service.engine.outbox import Outbox
 from service.engine.recorder import Recorder
 
 if TYPE_CHECKING:
@@ -88,12 +89,15 @@ def serve(socket: zmq.Socket[bytes]) -> None:
     if core is None:
         return
     core.recorder = Recorder(_folder())
-    while handle_messages(socket, core):
+    outbox = Outbox(config.max_events_s)
+    while handle_messages(socket, core, outbox):
         heartbeat.step_begins()
-        outputs = core.step() if core.has_work else []
+        if core.has_work:
+            outbox.add(core.step())
         if not core.has_work:
             core.scheduler.pool.check()
-        send(socket, StepOutput(outputs, core.stats()))
+        if not core.has_work or outbox.is_due(len(core.scheduler.running)):
+            send(socket, StepOutput(outbox.take(), core.stats()))
 
 
 def import_libraries() -> str:
@@ -127,7 +131,7 @@ def start(
     return core
 
 
-def handle_messages(socket: zmq.Socket[bytes], core: EngineCore) -> bool:
+def handle_messages(socket: zmq.Socket[bytes], core: EngineCore, outbox: Outbox) -> bool:
     """Take in what has arrived; waits a heartbeat's length when there is nothing to do.
     False when the engine is to end."""
     wait_ms = 0 if core.has_work else int(HEARTBEAT_S * 1000)
@@ -137,6 +141,7 @@ def handle_messages(socket: zmq.Socket[bytes], core: EngineCore) -> bool:
             core.add(message)
         elif isinstance(message, Abort):
             core.abort(message.id)
+            outbox.forget(message.id)
         elif isinstance(message, Shutdown):
             return False
         else:

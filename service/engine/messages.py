@@ -1,7 +1,7 @@
 """What crosses the boundary between the API process and the engine process; nothing else does.
 
 msgspec structs as MessagePack, length-bounded and schema-checked on arrival; never pickle.
-One `StepOutput` goes up per engine step, whatever the batch.
+At most one `StepOutput` goes up per engine step, whatever the batch.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class EngineConfig(msgspec.Struct, frozen=True, tag=True):
     max_num_seqs: int = 64
     max_batched_tokens: int = 1024
     max_step_ratio: float = 2.0
+    max_events_s: float = 1000.0
     kv_cache_bytes: int | None = None
     block_size: int = 32
     threads: int | None = None
@@ -110,7 +111,7 @@ EngineFinish = Literal["stop", "length", "error", "cancelled"]
 
 
 class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
-    """What one sequence got in this step."""
+    """What one sequence got since its last output."""
 
     id: int
     token_ids: list[int]
@@ -142,7 +143,8 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepOutput(msgspec.Struct, frozen=True, tag=True):
-    """All tokens of one step, and the heartbeat; empty when the engine is idle."""
+    """The tokens of one step, or of some (outbox.py), and the heartbeat; empty when the engine is
+    idle."""
 
     outputs: list[SequenceOutput]
     stats: EngineStats
