@@ -260,7 +260,7 @@ def _bundled(given: argparse.Namespace, directory: Path) -> EngineCore:
     cache = KVCache.allocate(shape, num_blocks=512, block_size=32, dtype=DTYPES[given.dtype])
     cpu.pack_weights(checkpoint.model)
     forward = EagerForward(checkpoint.model, CpuBackend(shape, cache))
-    runner = Runner(forward, shape, 32, (), CPU, padding=RowPadding())
+    runner = Runner(forward, cache, shape, (), CPU, padding=RowPadding())
     limits = Limits(64, 1024, shape.max_positions)
     return EngineCore(Scheduler(limits, BlockPool(512, 32)), runner)
 

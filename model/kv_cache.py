@@ -56,6 +56,11 @@ class KVCache:
     def block_size(self) -> int:
         return int(self.values.shape[3])
 
+    def clear(self, blocks: list[int]) -> None:
+        """Zero these blocks, as `allocate` gave them."""
+        self.keys[:, blocks] = 0
+        self.values[:, blocks] = 0
+
     def write(
         self,
         layer: int,

@@ -225,7 +225,10 @@ class EngineCore:
         )
 
     def _fail(self, sequence: Sequence, reason: str) -> SequenceOutput:
-        self._forget(sequence)
+        """End it with an error. What it computed may be the reason, such as NaN, which would go
+        on to whoever gets its blocks: a masked position counts 0 times its value."""
+        del self.sequences[sequence.id]
+        self.runner.cache.clear(self.scheduler.discard(sequence))
         matcher, spec = sequence.matcher, sequence.sampling.grammar
         if matcher is not None and matcher.error is not None:  # then that is why
             if self.grammars is not None and spec is not None:

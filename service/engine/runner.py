@@ -14,6 +14,7 @@ from model.batch import ForwardBatch
 from model.config import ModelConfig
 from model.cpu import RowPadding
 from model.forward import Forward
+from model.kv_cache import KVCache
 from model.sampling import SampledTokens, SamplingBatch, SamplingRow, sample
 from model.token_mask import TokenMask
 from service.engine.profile import StepProfile
@@ -28,8 +29,8 @@ class Runner:
     """Runs the model over what the scheduler chose."""
 
     forward: Forward
+    cache: KVCache  # the one that `forward` reads and writes
     config: ModelConfig
-    block_size: int
     eos_token_ids: tuple[int, ...]
     device: torch.device
     # Rows of a step, and rows whose logits are wanted, are padded so that a row's result does
@@ -43,7 +44,7 @@ class Runner:
         """One forward and one draw. Row i of the result belongs to the i-th item of `step`
         that samples. The time each part took is added to `profile`."""
         began = time.monotonic()
-        batch = build_batch(step, self.block_size, self.padding, self.device)
+        batch = build_batch(step, self.cache.block_size, self.padding, self.device)
         sampled = [item.sequence for item in step if item.samples]
         rows = [_sampling_row(sequence) for sequence in sampled]
         sampling = SamplingBatch.build(

@@ -95,6 +95,14 @@ class Scheduler:
         queue.remove(sequence)
         self._give_back(sequence)
 
+    def discard(self, sequence: Sequence) -> list[int]:
+        """Take a sequence out whose keys and values cannot be trusted: no prefix in its blocks
+        is known any more. Returns the blocks that nobody else holds: they are free now, and
+        what is in them is to be cleared."""
+        blocks = self.pool.forget(sequence.blocks)
+        self.remove(sequence)
+        return blocks
+
     def schedule(self, prompt_tokens: int | None = None) -> list[Scheduled]:
         """Choose this step's tokens and give every chosen sequence the blocks for them.
 

@@ -150,8 +150,8 @@ def assemble(
         Scheduler(limits, BlockPool(num_blocks, config.block_size)),
         Runner(
             selection.forward,
+            cache,
             model.config,
-            config.block_size,
             eos_token_ids,
             device,
             padding=selection.padding or RowPadding(),

@@ -97,8 +97,8 @@ def make_core(
         Scheduler(limits, BlockPool(num_blocks, block_size)),
         Runner(
             make_forward(model, cache) if make_forward else eager_forward(model, cache),
+            cache,
             config,
-            block_size,
             (EOS,),
             torch.device("cpu"),
             padding=RowPadding() if make_forward else choose_padding(model) or RowPadding(),
