@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,10 +18,12 @@ from torch import Tensor, nn
 
 from model.batch import ForwardBatch
 from model.config import ModelConfig
-from model.forward import Heartbeat
+from model.explain.attended import Attended, ChosenHead
+from model.forward import Heartbeat, watched
 from model.kernels import native, structs
+from model.kernels.attended import attended
 from model.kernels.native import LANES
-from model.kernels.packing import PackedLinear, WeightKind, pack
+from model.kernels.packing import PANEL_OUTPUTS, PackedLinear, WeightKind, pack
 from model.kv_cache import KVCache
 from model.layers import GeluMLP, LayerNorm, RMSNorm, SwiGLUMLP
 from model.linear import Linear
@@ -29,7 +32,6 @@ from model.transformer import Block, Transformer
 MAX_HEAD_DIM = 256
 MAX_BLOCK_SIZE = 128
 JOB_QUERIES = 32  # queries of a chunk that one thread takes at a time
-PANEL_OUTPUTS = 64  # outputs of a product that one thread takes at a time
 
 
 def unsupported(config: ModelConfig, cache: KVCache) -> str | None:
@@ -67,8 +69,8 @@ class Scratch:
 
 
 class CompiledForward:
-    """`Forward` in compiled code. Made once; the model's plain weights are gone afterwards
-    (`Linear.plain_weight` unpacks one again)."""
+    """`Forward` in compiled code. Made once; the model's plain weights are gone afterwards, and
+    its products run on the packed ones."""
 
     def __init__(self, model: Transformer, cache: KVCache, *, int8: bool = False) -> None:
         """Raises `NativeKernelError` where the kernels cannot be built. The model's dtype is
@@ -149,10 +151,17 @@ class CompiledForward:
                 "panels", threads, PANEL_OUTPUTS * widest, torch.bfloat16
             )
             step.panels = panels.data_ptr()
+        if batch.watch is not None:
+            rows_of = torch.full((batch.num_seqs,), -1, dtype=torch.int64)
+            rows_of[list(batch.watch.seqs)] = torch.arange(len(batch.watch.seqs))
+            step.watched, step.queries = rows_of.data_ptr(), batch.watch.queries.data_ptr()
         logits = self._scratch.at_least("logits", num_logits, config.vocab_size, torch.float32)
         step.logits = logits.data_ptr()
         self._library.vitrine_forward(ctypes.byref(self._struct), ctypes.byref(step))
         return logits
+
+    def attended(self, batch: ForwardBatch, chosen: Sequence[ChosenHead]) -> Attended:
+        return attended(self._struct, batch, watched(batch), chosen)
 
     def _layer(self, block: nn.Module, layer: int) -> structs.Layer:
         if not isinstance(block, Block):
@@ -178,7 +187,7 @@ class CompiledForward:
     def _linear(self, linear: Linear, *, gated: bool = False) -> structs.Linear:
         packed = pack(linear, self._kind, gated=gated)
         is_embedding = linear.weight is self._model.embedding.weight
-        linear.replace_weight(packed.unpacked, keep_plain=is_embedding)
+        linear.replace_weight(packed, keep_plain=is_embedding)
         self._kept.append(packed)
         return packed.struct()
 

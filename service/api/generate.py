@@ -20,10 +20,12 @@ from service.api.continuation import combined
 from service.api.disconnect import run_while_connected
 from service.api.errors import ProblemError, request_id_of
 from service.api.event_writer import EventWriter
-from service.api.generation import Generation, RequestKey
+from service.api.generation import Generation
 from service.api.identity import key_name_of
 from service.api.openapi import describe
+from service.api.recent import RequestKey
 from service.api.schemas import GenerateRequest
+from service.api.sight import explanations
 from service.api.sse import EventStreamResponse
 from service.api.visit import visit_of
 from service.api.whole import whole_continuations
@@ -122,6 +124,7 @@ async def _whole_answer(
                 finish_reason=one.done.finish_reason,
                 stop_reason=UNSET if one.done.stop_reason is None else one.done.stop_reason,
                 logprobs=answers.logprobs(tokenizer, one.logprobs),
+                explain=explanations(tokenizer, one.explained, plan.explain),
             )
             for one in wholes
         ],

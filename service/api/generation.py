@@ -18,6 +18,7 @@ from model.sampling_params import SamplingParams
 from model.tokenizer import IncrementalDecoder, Tokenizer
 from service.api.continuation import Continuation, Delta, Done
 from service.api.errors import ProblemError, from_exception, invalid_field
+from service.api.recent import RecentRequests, RequestKey
 from service.api.text import AnswerText, StopStrings
 from service.client import Engine, EngineUnavailableError
 from service.engine.messages import SequenceOutput
@@ -29,8 +30,6 @@ log = logging.getLogger(__name__)
 # How a request with several continuations ended: the first of these that one of them did.
 _BY_WEIGHT = ("timeout", "cancelled", "length", "stop")
 _MAX_CANCELLED = 1024
-
-RequestKey = tuple[str | None, str]  # owner, request id: nobody meets another's requests
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +46,9 @@ class Plan:
     arrived_s: float  # the event loop's clock
     timeout_s: float  # from arrival
     owner: str | None = None  # the API key that may resume and cancel it; None: no keys
+    num_logprobs: int | None = None  # alternatives that the client is told; None: no logprobs
+    # (layer, head) that it is told of beside the mean of all; None: nothing of what tokens see.
+    explain: list[tuple[int, int]] | None = None
 
     @property
     def key(self) -> RequestKey:
@@ -225,8 +227,9 @@ class Generation:
 class ActiveGenerations:
     """All requests in flight, and the door into the engine."""
 
-    def __init__(self, engine: Engine, metrics: Metrics) -> None:
+    def __init__(self, engine: Engine, metrics: Metrics, recent: RecentRequests) -> None:
         self.metrics = metrics
+        self._recent = recent
         self._engine = engine
         self._active: set[Generation] = set()
         # Ids that were cancelled lately, so that cancelling twice is answered as once.
@@ -240,7 +243,7 @@ class ActiveGenerations:
         """
         planned = [(one, sampling) for one in plans for sampling in one.samplings]
         requests = [
-            SequenceRequest(one.prompt_token_ids, sampling, one.priority)
+            SequenceRequest(one.prompt_token_ids, sampling, one.priority, one.explain)
             for one, sampling in planned
         ]
         ticket = caller.begin(sum(plan.num_tokens for plan in plans))
@@ -249,6 +252,7 @@ class ActiveGenerations:
         except Exception:
             ticket.withdraw()
             raise
+        logs = self._recent.add(plans[0].key, [one.prompt_token_ids for one, _ in planned])
         continuations = []
         for index, (stream, (one, sampling)) in enumerate(zip(streams, planned, strict=True)):
             decoder = IncrementalDecoder(tokenizer, one.prompt_token_ids)
@@ -260,8 +264,10 @@ class ActiveGenerations:
                     prefix=one.prefix,
                     num_prompt_tokens=len(one.prompt_token_ids),
                     stop_token_ids=sampling.stop_token_ids,
-                    wants_logprobs=sampling.logprobs is not None,
+                    num_logprobs=one.num_logprobs,
+                    explains=one.explain is not None,
                     arrived_s=one.arrived_s,
+                    log=logs[index],
                 )
             )
         generation = Generation(plans, continuations, self, ticket)

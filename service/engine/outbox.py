@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 from service.engine.messages import SequenceOutput
+
+T = TypeVar("T")
 
 _SHORTEST_PAUSE_S = 0.002  # a shorter one costs more than it saves
 _LONGEST_PAUSE_S = 0.05  # more than that a reader would see
@@ -68,9 +71,7 @@ def merged(first: SequenceOutput, second: SequenceOutput) -> SequenceOutput:
     return SequenceOutput(
         id=second.id,
         token_ids=first.token_ids + second.token_ids,
-        logprobs=None
-        if first.logprobs is None and second.logprobs is None
-        else (first.logprobs or []) + (second.logprobs or []),
+        logprobs=_joined(first.logprobs, second.logprobs),
         finish_reason=second.finish_reason,
         stop_token_id=second.stop_token_id,
         error=second.error,
@@ -78,4 +79,9 @@ def merged(first: SequenceOutput, second: SequenceOutput) -> SequenceOutput:
         cached_prompt_tokens=max(first.cached_prompt_tokens, second.cached_prompt_tokens),
         queue_s=first.queue_s,
         prefill_s=first.prefill_s,
+        explained=_joined(first.explained, second.explained),
     )
+
+
+def _joined(first: list[T] | None, second: list[T] | None) -> list[T] | None:
+    return None if first is None and second is None else (first or []) + (second or [])

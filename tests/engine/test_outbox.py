@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -65,12 +66,16 @@ def test_a_first_token_and_an_end_do_not_wait() -> None:
 
 def test_the_parts_of_an_output_are_kept() -> None:
     logprobs = [TokenLogprob(5, -1.0, 1, []), TokenLogprob(6, -2.0, 2, [])]
+    seen = [msgspec.Raw(b"\x01"), msgspec.Raw(b"\x02")]
+    times = {"queue_s": 0.25, "prefill_s": 0.5}
     first = SequenceOutput(
-        1, [5], logprobs[:1], cached_prompt_tokens=32, queue_s=0.25, prefill_s=0.5
+        1, [5], logprobs[:1], cached_prompt_tokens=32, explained=seen[:1], **times
     )
-    last = SequenceOutput(1, [6], logprobs[1:], "stop", 6, cached_prompt_tokens=32)
+    last = SequenceOutput(
+        1, [6], logprobs[1:], "stop", 6, cached_prompt_tokens=32, explained=seen[1:]
+    )
     assert merged(first, last) == SequenceOutput(
-        1, [5, 6], logprobs, "stop", 6, cached_prompt_tokens=32, queue_s=0.25, prefill_s=0.5
+        1, [5, 6], logprobs, "stop", 6, cached_prompt_tokens=32, explained=seen, **times
     )
     failed = SequenceOutput(1, [], None, "error", None, "why", is_grammar_error=True)
     both = merged(first, failed)
