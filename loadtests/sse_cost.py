@@ -33,6 +33,7 @@ from service.engine.messages import (
     encoder,
     from_engine_decoder,
 )
+from service.engine_record import EngineRecord
 from service.health import EngineHealth
 from service.journal import JournalEntry, SequenceRequest, TokenStream
 
@@ -71,6 +72,7 @@ class PlayedEngine:
         self.state: EngineState = "idle"
         self.state_reason = ""
         self.health = EngineHealth("idle")
+        self.record = EngineRecord()
         self.entries: dict[int, JournalEntry] = {}
 
     def submit(self, requests: list[SequenceRequest], timeout_s: float) -> list[TokenStream]:

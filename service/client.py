@@ -8,10 +8,12 @@ sequences go on from where the journal says they were (`in_flight.py`): noise is
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Protocol
 
 from service.backlog import Backlog
-from service.engine.messages import EngineConfig, EngineStats, ModelInfo, StepOutput
+from service.engine.messages import EngineConfig, EngineStats, Measured, ModelInfo, StepOutput
+from service.engine_record import EngineRecord
 from service.health import EngineHealth, EngineState
 from service.in_flight import InFlight, Loss
 from service.journal import SequenceRequest, TokenStream
@@ -75,6 +77,11 @@ class Engine(Protocol):
         """State, heartbeat and replacements, for metrics."""
         ...
 
+    @property
+    def record(self) -> EngineRecord:
+        """What all engines so far have done, for metrics."""
+        ...
+
     def submit(self, requests: list[SequenceRequest], timeout_s: float) -> list[TokenStream]:
         """Admit all of them or none; `timeout_s` is how long they may take.
 
@@ -99,7 +106,8 @@ class EngineClient:
         self.failed = asyncio.Event()  # set when the engine cannot start at all
         self._supervisor = Supervisor(self, stall_s=stall_s, standby=standby)
         self._backlog = Backlog()
-        self._in_flight = InFlight(self._supervisor.send, self._backlog)
+        self.record = EngineRecord()
+        self._in_flight = InFlight(self._supervisor.send, self._backlog, self.record)
         self._stats = EngineStats()
         self._draining = False
         self._no_grace = asyncio.Event()
@@ -161,7 +169,14 @@ class EngineClient:
     @property
     def health(self) -> EngineHealth:
         supervisor = self._supervisor
-        return EngineHealth(self.state, supervisor.heartbeat_age_s, supervisor.restarts)
+        return EngineHealth(
+            self.state,
+            supervisor.heartbeat_age_s,
+            supervisor.restarts,
+            queue_requests=self._backlog.num_waiting,
+            queue_tokens=self._backlog.num_waiting_tokens,
+            pid=supervisor.pid,
+        )
 
     def submit(self, requests: list[SequenceRequest], timeout_s: float) -> list[TokenStream]:
         self._admit(requests, timeout_s)
@@ -204,16 +219,23 @@ class EngineClient:
         await self._supervisor.stop()
 
     def engine_ready(self) -> None:
-        """Of the supervisor alone, like the three below."""
+        """Of the supervisor alone, like the four below."""
         self._in_flight.engine_ready()
 
     def engine_stepped(self, step: StepOutput) -> None:
         self._stats = step.stats
+        if step.step is not None:
+            self.record.stepped(step.step)
+        now_s = time.monotonic()
         for output in step.outputs:
-            self._in_flight.deliver(output)
+            self._in_flight.deliver(output, now_s)
+
+    def engine_measured(self, measured: Measured) -> None:
+        self.record.roofline = measured
 
     def engine_lost(self, loss: Loss) -> None:
         self._in_flight.engine_lost(loss)
+        self.record.lost(self._stats)
         self._stats = EngineStats()
 
     def engine_failed(self, reason: str) -> None:

@@ -56,7 +56,11 @@ class LoadedModel:
                 lambda: resolve_model(self.settings.model, self.settings.revision)
             )
             self.directory = directory
-            self.client.start(engine_config(self.settings, directory))
+            self.client.start(
+                engine_config(
+                    self.settings, directory, measure_roofline=self.settings.roofline == "idle"
+                )
+            )
             override = self.settings.chat_template
             template = await asyncio.to_thread(read_chat_template, directory, override)
             tokenizer = await asyncio.to_thread(Tokenizer.from_directory, directory)

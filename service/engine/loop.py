@@ -28,10 +28,13 @@ from service.engine.messages import (
     EngineConfig,
     Fatal,
     FromEngine,
+    ModelInfo,
     Ready,
+    SequenceOutput,
     Shutdown,
     StartFailed,
     StepOutput,
+    StepRecord,
     Submit,
     ToEngine,
     encode,
@@ -84,16 +87,26 @@ def serve(socket: zmq.Socket[bytes]) -> None:
         send(socket, StartFailed(missing))
         return
     heartbeat = Heartbeat(lambda progress: send(socket, progress))
-    core = start(socket, config, heartbeat)
-    if core is None:
+    started = start(socket, config, heartbeat)
+    if started is None:
         return
+    core, info = started
+    from service.engine.idle import IdleRoofline
+
+    idle = IdleRoofline(core.runner.device, info.dtype) if config.measure_roofline else None
     core.recorder = Recorder(_folder())
     while handle_messages(socket, core):
         heartbeat.step_begins()
-        outputs = core.step() if core.has_work else []
+        outputs: list[SequenceOutput] = []
+        record: StepRecord | None = None
+        if core.has_work:
+            outputs = core.step()
+            record = core.step_record()
+        elif idle is not None and (measured := idle.look()) is not None:
+            send(socket, measured)
         if not core.has_work:
             core.scheduler.pool.check()
-        send(socket, StepOutput(outputs, core.stats()))
+        send(socket, StepOutput(outputs, core.stats(), record))
 
 
 def import_libraries() -> str:
@@ -108,7 +121,7 @@ def import_libraries() -> str:
 
 def start(
     socket: zmq.Socket[bytes], config: EngineConfig, heartbeat: Heartbeat
-) -> EngineCore | None:
+) -> tuple[EngineCore, ModelInfo] | None:
     """Load the model and report; None when that failed (and was said)."""
     from model.checkpoint import CheckpointError
     from model.config import ConfigError
@@ -124,7 +137,7 @@ def start(
         send(socket, StartFailed(f"loading failed: {type(error).__name__}: {first_line}"))
         return None
     send(socket, Ready(info))
-    return core
+    return core, info
 
 
 def handle_messages(socket: zmq.Socket[bytes], core: EngineCore) -> bool:

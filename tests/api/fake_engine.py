@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from service.client import EngineState
 from service.engine.messages import EngineStats, ModelInfo, SequenceOutput, TokenLogprob
+from service.engine_record import EngineRecord
 from service.health import EngineHealth
 from service.journal import SequenceRequest
 
@@ -153,6 +154,7 @@ class FakeEngine:
         self.state: EngineState = "idle"
         self.state_reason = ""
         self.refuse: Exception | None = None
+        self.record = EngineRecord()
         self.streams: list[FakeStream] = []
         self.requests: list[SequenceRequest] = []
 
