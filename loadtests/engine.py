@@ -42,14 +42,14 @@ from model.kv_cache import KVCache
 from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
 from service.bench.random_weights import random_model
-from service.bench.roofline import measure_roofline
-from service.bench.traffic import traffic_of
 from service.engine.blocks import BlockPool
 from service.engine.core import EngineCore
 from service.engine.messages import EngineConfig, Submit
+from service.engine.roofline import measure_roofline
 from service.engine.runner import Runner
 from service.engine.scheduler import Limits, Scheduler
 from service.engine.start import DTYPES, assemble
+from service.engine.traffic import traffic_of
 
 CPU = torch.device("cpu")
 

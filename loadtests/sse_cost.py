@@ -35,6 +35,7 @@ from service.engine.messages import (
     from_engine_decoder,
 )
 from service.engine.outbox import Outbox
+from service.engine_record import EngineRecord
 from service.health import EngineHealth
 from service.journal import JournalEntry, SequenceRequest, TokenStream
 
@@ -74,6 +75,7 @@ class PlayedEngine:
         self.state: EngineState = "idle"
         self.state_reason = ""
         self.health = EngineHealth("idle")
+        self.record = EngineRecord()
         self.entries: dict[int, JournalEntry] = {}
 
     def submit(self, requests: list[SequenceRequest], timeout_s: float) -> list[TokenStream]:
@@ -93,7 +95,7 @@ class PlayedEngine:
         self.outbox.add(outputs)
         if not self.outbox.is_due(len(outputs)):
             return
-        encoded = encoder.encode(StepOutput(self.outbox.take(), self.stats))
+        encoded = encoder.encode(self.outbox.take(self.stats))
         message = from_engine_decoder.decode(encoded)
         assert isinstance(message, StepOutput)
         for output in message.outputs:

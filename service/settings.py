@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -13,7 +14,7 @@ from pydantic import Field, ValidationError
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 
-from service.engine.messages import EngineConfig
+from service.engine.messages import EngineConfig, Measured
 from service.logs import LogFormat, LogLevel
 
 ENVIRONMENT_PREFIX = "VITRINE_"
@@ -180,6 +181,17 @@ class Settings(ModelSettings):
     log_format: LogFormat = Field(
         "auto", description="json, console, or auto: console on a terminal, else json"
     )
+    roofline: str = Field(
+        "idle",
+        description="what this machine can do at best, for metrics: idle measures it shortly when "
+        "there is nothing else to do, off does not, BYTES_PER_S,FLOPS_PER_S (`vitrine bench` has "
+        "both) takes your word",
+    )
+    metric_aliases: str = Field(
+        "",
+        description="show metrics under others' names too: otel, gateway, or both with a comma "
+        "(docs/metrics.md)",
+    )
     otlp_endpoint: str | None = Field(
         None,
         description="send traces to this OpenTelemetry collector (OTLP over HTTP), as "
@@ -220,6 +232,22 @@ def engine_config(settings: ModelSettings, model_dir: Path) -> EngineConfig:
         threads=settings.threads,
         deterministic=settings.deterministic,
     )
+
+
+def given_roofline(text: str) -> Measured | None:
+    """What --roofline says of the machine; None when it leaves that to be measured, or not.
+    Raises `SettingsError`."""
+    if text in ("idle", "off"):
+        return None
+    try:
+        read_bytes_per_s, flops_per_s = (float(part) for part in text.split(","))
+    except ValueError:
+        raise SettingsError(
+            f"--roofline {text!r}: idle, off, or two numbers as in 40e9,500e9"
+        ) from None
+    if not (0 < read_bytes_per_s < math.inf and 0 < flops_per_s < math.inf):
+        raise SettingsError(f"--roofline {text!r}: both numbers must be above 0 and finite")
+    return Measured(read_bytes_per_s, flops_per_s)
 
 
 def _describe(error: ErrorDetails) -> str:

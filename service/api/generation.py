@@ -16,7 +16,7 @@ from typing import Protocol
 from model.grammar_spec import GrammarSpec
 from model.sampling_params import SamplingParams
 from model.tokenizer import IncrementalDecoder, Tokenizer
-from service.api.continuation import Continuation, Delta, Done
+from service.api.continuation import Continuation, Delta, Done, Times
 from service.api.errors import ProblemError, from_exception, invalid_field
 from service.api.recent import RecentRequests, RequestKey
 from service.api.text import AnswerText, StopStrings
@@ -85,6 +85,11 @@ class Ticket(Protocol):
 class Caller(Protocol):
     """Whoever a request is for: asked before it begins, and told how it ended."""
 
+    @property
+    def route(self) -> str:
+        """The way it came in, one of few."""
+        ...
+
     def begin(self, num_tokens: int) -> Ticket:
         """`num_tokens` is what the request may take at most. Raises `ProblemError` when the
         caller may not have it now."""
@@ -100,6 +105,7 @@ class Generation:
         continuations: list[Continuation],
         house: ActiveGenerations,
         ticket: Ticket,
+        route: str,
     ) -> None:
         """Of `ActiveGenerations.admit` alone."""
         plan = plans[0]
@@ -109,8 +115,10 @@ class Generation:
         self._grammars = [one.grammar for plan in plans for one in plan.samplings]
         self._house = house
         self._ticket = ticket
+        self._route = route
         self._open = list(continuations)
         self._settled = False
+        self._has_begun = False  # its first token came
         self._last_items: list[Item] = []  # of a request that we ended, until they are read
         self._news = asyncio.Event()
         for continuation in continuations:
@@ -190,20 +198,42 @@ class Generation:
                 continuation.index,
                 output.error,
             )
+        is_first = continuation.times.first_s is None
         items = continuation.take(output, self._clock())
         self._house.metrics.generated(sum(len(i.token_ids) for i in items if isinstance(i, Delta)))
+        if is_first and continuation.times.first_s is not None:
+            self._began(continuation.times, continuation.times.first_s)
         if continuation.done is not None:
             self._open.remove(continuation)
+            self._ended(continuation)
         if output.finish_reason == "error":
             error = _sequence_error(continuation, self._grammars[continuation.index], output)
             return [*items, *self._fail(error, "cancelled")]
         return items
+
+    def _began(self, times: Times, first_s: float) -> None:
+        """The first token of a continuation came."""
+        metrics, request_id = self._house.metrics, self.plan.request_id
+        metrics.sequence_began(request_id, times.queue_s, times.prefill_s)
+        if not self._has_begun:
+            self._has_begun = True
+            metrics.began(self._route, request_id, first_s - times.arrived_s)
+
+    def _ended(self, continuation: Continuation) -> None:
+        """A continuation was answered to its end, be it with an error."""
+        times, metrics = continuation.times, self._house.metrics
+        if times.first_s is not None:
+            decode_s = times.last_s - times.first_s
+            metrics.sequence_ended(
+                self._route, self.plan.request_id, decode_s, continuation.num_tokens
+            )
 
     def _end_open(self, finish_reason: str) -> list[Item]:
         items: list[Item] = []
         for continuation in self._open:
             continuation.stream.cancel()
             items += continuation.end(finish_reason)
+            self._ended(continuation)
         self._open.clear()
         return items
 
@@ -213,6 +243,11 @@ class Generation:
         self._settle("failed", "")
         return items
 
+    def _num_cached_tokens(self) -> int:
+        """Of its prompts, each counted once."""
+        usages = iter([one.usage().cached_prompt_tokens for one in self.continuations])
+        return sum(max(next(usages) for _ in plan.samplings) for plan in self.plans)
+
     def _settle(self, outcome: Outcome, reason: str) -> None:
         """The one end of the request: counted once, and nothing of it goes on."""
         self._settled = True
@@ -220,7 +255,14 @@ class Generation:
         for continuation in self._open:
             continuation.stream.cancel()
         self._house.forget(self)
-        self._house.metrics.ended(outcome, reason)
+        self._house.metrics.ended(
+            self._route,
+            self.plan.request_id,
+            outcome,
+            reason,
+            duration_s=self._clock() - self.plan.arrived_s,
+            num_cached=self._num_cached_tokens(),
+        )
         self._ticket.ended(self, outcome)
 
 
@@ -270,9 +312,9 @@ class ActiveGenerations:
                     log=logs[index],
                 )
             )
-        generation = Generation(plans, continuations, self, ticket)
+        generation = Generation(plans, continuations, self, ticket, caller.route)
         self._active.add(generation)
-        self.metrics.accepted(sum(len(one.prompt_token_ids) for one in plans))
+        self.metrics.accepted(caller.route, sum(len(one.prompt_token_ids) for one in plans))
         return generation
 
     def is_active(self, key: RequestKey) -> bool:

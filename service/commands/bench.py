@@ -24,10 +24,10 @@ from service.settings import ModelSettings, SettingsError, engine_config, read_s
 
 if TYPE_CHECKING:
     from service.bench.results import Measurement
-    from service.bench.roofline import Roofline
-    from service.bench.traffic import Traffic
     from service.engine.core import EngineCore
     from service.engine.messages import ModelInfo
+    from service.engine.roofline import Roofline
+    from service.engine.traffic import Traffic
 
 
 WIDTH = 120
@@ -127,8 +127,8 @@ def _bench(settings: BenchSettings) -> int:
 
     from service.bench.machine import describe_machine, peak_memory_bytes, reset_peak_memory
     from service.bench.report import Report, render
-    from service.bench.roofline import measure_roofline
-    from service.bench.traffic import traffic_of
+    from service.engine.roofline import measure_roofline
+    from service.engine.traffic import traffic_of
 
     core, info = _start(settings)
     needed = settings.prompt_len + settings.output_len

@@ -27,8 +27,9 @@ from service.commands.door import api_limits, check_tls, warn_if_open
 from service.commands.loading import LoadedModel
 from service.grammars.checker import GrammarChecker
 from service.http_protocol import ConnectionLimits, bounded
-from service.metrics import Metrics
-from service.settings import Settings, SettingsError
+from service.metric_aliases import AliasError, parse_aliases
+from service.metrics import Http, Metrics, Requests
+from service.settings import Settings, SettingsError, given_roofline
 from service.tracing import TracingError, start_tracing
 
 log = logging.getLogger("vitrine")
@@ -116,6 +117,11 @@ def make_server(
         tracing = start_tracing(settings.otlp_endpoint, name)
     except TracingError as error:
         raise SettingsError(f"--otlp-endpoint: {error}") from None
+    try:
+        aliases = parse_aliases(settings.metric_aliases)
+    except AliasError as error:
+        raise SettingsError(f"--metric-aliases: {error}") from None
+    client.record.roofline = given_roofline(settings.roofline)
     told = [log_line] if tracing is None else [log_line, tracing.on_complete]
     app = create_app(
         limits,
@@ -124,6 +130,7 @@ def make_server(
         name,
         chat_renderer=model.get_chat_renderer,
         grammars=grammars,
+        metric_aliases=aliases,
         on_complete=told,
     )
     config = uvicorn.Config(
@@ -154,9 +161,9 @@ def make_server(
     on_end = None if tracing is None else tracing.shutdown
     server = DrainingServer(config, client, settings.slow_reader_s, metrics.slow_reader, on_end)
     loop = asyncio.get_running_loop()
-    metrics.watch("journal_entries", "Sequences in the journal.", lambda: client.in_flight)
-    metrics.watch("http_connections", "Open connections.", lambda: len(server.connections))
-    metrics.watch("asyncio_tasks", "Tasks in the API.", lambda: len(asyncio.all_tasks(loop)))
+    metrics.watch(Requests.JOURNAL_ENTRIES, lambda: client.in_flight)
+    metrics.watch(Http.CONNECTIONS, lambda: len(server.connections))
+    metrics.watch(Http.TASKS, lambda: len(asyncio.all_tasks(loop)))
     return server
 
 

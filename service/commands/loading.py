@@ -58,9 +58,13 @@ class LoadedModel:
                 lambda: resolve_model(self.settings.model, self.settings.revision)
             )
             self.directory = directory
-            config = engine_config(self.settings, directory)
-            max_events_s = self.settings.max_events_s
-            self.client.start(msgspec.structs.replace(config, max_events_s=max_events_s))
+            self.client.start(
+                msgspec.structs.replace(
+                    engine_config(self.settings, directory),
+                    max_events_s=self.settings.max_events_s,
+                    measure_roofline=self.settings.roofline == "idle",
+                )
+            )
             override = self.settings.chat_template
             template = await asyncio.to_thread(read_chat_template, directory, override)
             tokenizer = await asyncio.to_thread(Tokenizer.from_directory, directory)

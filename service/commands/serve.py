@@ -10,13 +10,14 @@ from service import logs
 from service.client import EngineClient
 from service.commands import CommandError
 from service.commands.early_signals import EarlySignals
-from service.settings import Settings, engine_config, read_settings
+from service.settings import Settings, engine_config, given_roofline, read_settings
 
 
 def run(arguments: list[str]) -> int:
     """Serve until SIGTERM or Ctrl-C. Raises `CommandError` when the engine cannot start."""
     settings = read_settings(Settings, arguments)
     engine_config(settings, Path())  # settings that disagree are refused before anything starts
+    given_roofline(settings.roofline)
     logs.tell_children(settings.log_level, settings.log_format)
     client = EngineClient(
         max_in_flight=settings.max_num_seqs + settings.max_queue_requests,

@@ -14,7 +14,14 @@ import msgspec
 from model.sampling import SampledTokens
 from service.engine.grammars import GrammarQueue
 from service.engine.guests import Begin
-from service.engine.messages import EngineFinish, EngineStats, SequenceOutput, Submit, TokenLogprob
+from service.engine.messages import (
+    EngineFinish,
+    EngineStats,
+    SequenceOutput,
+    StepRecord,
+    Submit,
+    TokenLogprob,
+)
 from service.engine.pace import PromptPace
 from service.engine.profile import StepProfile
 from service.engine.recorder import Recorder
@@ -22,6 +29,7 @@ from service.engine.runner import Runner
 from service.engine.scheduler import Scheduled, Scheduler
 from service.engine.sequence import Sequence
 from service.engine.sights import Sights
+from service.engine.traffic import Traffic
 from service.grammars import MISSING, GrammarError
 
 # How long a step that has nothing to run waits for a grammar.
@@ -40,6 +48,7 @@ class EngineCore:
     sequences: dict[int, Sequence] = field(default_factory=dict)
     last_step: StepProfile = field(default_factory=StepProfile)
     recorder: Recorder | None = None
+    traffic: Traffic | None = None  # None: nobody asks what steps had to read and to do
     _refused: list[SequenceOutput] = field(default_factory=list)
     _steps: int = 0
     _prompt_tokens: int = 0
@@ -88,12 +97,18 @@ class EngineCore:
         began = time.monotonic()
         scheduled = self.scheduler.schedule(self.pace.prompt_tokens)
         num_decodes = sum(item.num_tokens == 1 for item in scheduled)
+        profile.num_sequences, profile.num_decodes = len(scheduled), num_decodes
         profile.num_tokens = sum(item.num_tokens for item in scheduled)
         profile.referenced_blocks = self.scheduler.pool.num_referenced
         profile.schedule_s = time.monotonic() - began
         for item in scheduled:
             if item.sequence.started_at is None:
                 item.sequence.started_at = began
+        if self.traffic is not None and scheduled:
+            profile.num_bytes, profile.flops = self.traffic.step(
+                [(item.sequence.num_computed, item.num_tokens) for item in scheduled],
+                sum([item.samples for item in scheduled]),
+            )
         outputs += self._run(scheduled)
         if self.recorder is not None:
             self.recorder.end()
@@ -116,8 +131,26 @@ class EngineCore:
             steps=self._steps,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
-            step_s=self.last_step.step_s,
-            step_tokens=self.last_step.num_tokens,
+            cache_queries=self.scheduler.num_cache_queries,
+            cache_hits=self.scheduler.num_cache_hits,
+        )
+
+    def step_record(self) -> StepRecord | None:
+        """The last step for whoever keeps the books of all; None when it computed nothing."""
+        last = self.last_step
+        if not last.num_sequences:
+            return None
+        return StepRecord(
+            last.num_sequences,
+            last.num_decodes,
+            last.num_tokens,
+            last.step_s,
+            last.schedule_s,
+            last.build_s,
+            last.forward_s,
+            last.sample_s,
+            last.num_bytes,
+            last.flops,
         )
 
     def _refusal(self, request: Submit) -> str | None:

@@ -31,10 +31,10 @@ from service.engine.messages import (
     EngineConfig,
     Fatal,
     FromEngine,
+    ModelInfo,
     Ready,
     Shutdown,
     StartFailed,
-    StepOutput,
     Submit,
     ToEngine,
     encode,
@@ -88,9 +88,13 @@ def serve(socket: zmq.Socket[bytes]) -> None:
         send(socket, StartFailed(missing))
         return
     heartbeat = Heartbeat(lambda progress: send(socket, progress))
-    core = start(socket, config, heartbeat)
-    if core is None:
+    started = start(socket, config, heartbeat)
+    if started is None:
         return
+    core, info = started
+    from service.engine.idle import IdleRoofline
+
+    idle = IdleRoofline(core.runner.device, info.dtype) if config.measure_roofline else None
     core.recorder = Recorder(_folder())
     guests = Guests(core.explain, partial(send, socket), core.recorder)
     outbox = Outbox(config.max_events_s)
@@ -98,11 +102,13 @@ def serve(socket: zmq.Socket[bytes]) -> None:
         heartbeat.step_begins()
         stepped = core.has_work
         if stepped:
-            outbox.add(core.step())
+            outbox.add(core.step(), core.step_record())
+        elif idle is not None and not guests.has_work and (measured := idle.look()) is not None:
+            send(socket, measured)
         if not core.has_work:
             core.scheduler.pool.check()
         if not core.has_work or outbox.is_due(len(core.scheduler.running)):
-            send(socket, StepOutput(outbox.take(), core.stats()))
+            send(socket, outbox.take(core.stats()))
         if stepped:
             guests.after_step(is_last=not core.has_work)
         elif guests.has_work:
@@ -121,7 +127,7 @@ def import_libraries() -> str:
 
 def start(
     socket: zmq.Socket[bytes], config: EngineConfig, heartbeat: Heartbeat
-) -> EngineCore | None:
+) -> tuple[EngineCore, ModelInfo] | None:
     """Load the model and report; None when that failed (and was said)."""
     from model.checkpoint import CheckpointError
     from model.config import ConfigError
@@ -137,7 +143,7 @@ def start(
         send(socket, StartFailed(f"loading failed: {type(error).__name__}: {first_line}"))
         return None
     send(socket, Ready(info))
-    return core
+    return core, info
 
 
 def handle_messages(

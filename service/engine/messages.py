@@ -33,6 +33,8 @@ class EngineConfig(msgspec.Struct, frozen=True, tag=True):
     deterministic: bool = True
     # (minimum, multiple) that an earlier engine of this server measured: not measured again.
     row_padding: tuple[int, int] | None = None
+    # Whether to measure what the machine can do, as soon as there is nothing else to do.
+    measure_roofline: bool = False
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
@@ -86,6 +88,8 @@ class ModelInfo(msgspec.Struct, frozen=True):
     deterministic: bool
     attention_backend: str
     row_padding: tuple[int, int] | None = None  # see EngineConfig; None: none holds
+    device_name: str = ""  # of a GPU
+    device_uuid: str | None = None  # of a GPU, as its driver knows it
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -144,8 +148,24 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     steps: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
-    step_s: float = 0.0
-    step_tokens: int = 0
+    # Tokens of sequences looked for in the prefix cache when they began to run, and those found.
+    cache_queries: int = 0
+    cache_hits: int = 0
+
+
+class StepRecord(msgspec.Struct, frozen=True, array_like=True):
+    """What a step computed and where its time went; times are seconds (profile.py)."""
+
+    num_sequences: int
+    num_decodes: int  # of the sequences, those with one token
+    num_tokens: int
+    step_s: float
+    schedule_s: float = 0.0
+    build_s: float = 0.0
+    forward_s: float = 0.0
+    sample_s: float = 0.0
+    num_bytes: float = 0.0  # that it had to read
+    flops: float = 0.0  # that it had to do
 
 
 class StepOutput(msgspec.Struct, frozen=True, tag=True):
@@ -154,6 +174,7 @@ class StepOutput(msgspec.Struct, frozen=True, tag=True):
 
     outputs: list[SequenceOutput]
     stats: EngineStats
+    steps: list[StepRecord] = []  # that computed something since the last message
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
@@ -164,6 +185,13 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
     running_s: float = 0.0  # since the step began
 
 
+class Measured(msgspec.Struct, frozen=True, tag=True):
+    """What the engine's device can do at best, with the engine's threads and in its dtype."""
+
+    read_bytes_per_s: float
+    flops_per_s: float
+
+
 class Fatal(msgspec.Struct, frozen=True, tag=True):
     """Last words: the engine ends because of this exception."""
 
@@ -171,7 +199,9 @@ class Fatal(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-FromEngine = Ready | StartFailed | StepOutput | Progress | Fatal | ExplainPart | Explained
+FromEngine = (
+    Ready | StartFailed | StepOutput | Progress | Measured | Fatal | ExplainPart | Explained
+)
 
 
 class MessageTooLargeError(ValueError):

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from service.engine.messages import SequenceOutput
+from service.engine.messages import EngineStats, SequenceOutput, StepOutput, StepRecord
 
 T = TypeVar("T")
 
@@ -31,9 +31,12 @@ class Outbox:
         self._known: set[int] = set()  # sequences whose first output was sent
         self._sent_at = clock()
         self._is_urgent = False
+        self._records: list[StepRecord] = []
 
-    def add(self, outputs: list[SequenceOutput]) -> None:
-        """What a step gave."""
+    def add(self, outputs: list[SequenceOutput], record: StepRecord | None = None) -> None:
+        """What a step gave, and what it was."""
+        if record is not None:
+            self._records.append(record)
         for output in outputs:
             before = self._waiting.get(output.id)
             self._waiting[output.id] = output if before is None else merged(before, output)
@@ -52,7 +55,7 @@ class Outbox:
             return True
         return self._clock() - self._sent_at >= pause_s
 
-    def take(self) -> list[SequenceOutput]:
+    def take(self, stats: EngineStats) -> StepOutput:
         """Everything, to be sent now."""
         outputs = list(self._waiting.values())
         for output in outputs:
@@ -63,7 +66,8 @@ class Outbox:
         self._waiting.clear()
         self._is_urgent = False
         self._sent_at = self._clock()
-        return outputs
+        records, self._records = self._records, []
+        return StepOutput(outputs, stats, records)
 
 
 def merged(first: SequenceOutput, second: SequenceOutput) -> SequenceOutput:

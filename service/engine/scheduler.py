@@ -61,6 +61,8 @@ class Scheduler:
     waiting: list[Sequence] = field(default_factory=list)  # sorted by rank
     running: list[Sequence] = field(default_factory=list)  # sorted by rank
     num_preemptions: int = 0
+    num_cache_queries: int = 0  # tokens looked for in the prefix cache
+    num_cache_hits: int = 0  # tokens found there
     _arrivals: int = 0
 
     @property
@@ -189,6 +191,8 @@ class Scheduler:
         self.pool.share(known)
         sequence.blocks = known
         sequence.num_computed = len(known) * size
+        self.num_cache_queries += len(sequence.token_ids)
+        self.num_cache_hits += sequence.num_computed
         if sequence.cached_prompt_tokens is None:
             sequence.cached_prompt_tokens = min(sequence.num_computed, sequence.num_prompt)
         self.waiting.pop(0)

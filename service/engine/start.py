@@ -25,6 +25,7 @@ from service.engine.messages import EngineConfig, ModelInfo
 from service.engine.pace import PromptPace
 from service.engine.runner import Runner
 from service.engine.scheduler import Limits, Scheduler
+from service.engine.traffic import traffic_of_model
 from service.grammars import are_installed
 
 log = logging.getLogger("vitrine.engine")
@@ -127,6 +128,7 @@ def assemble(
     device, max_model_len = model.embedding.weight.device, model.max_positions
     num_parameters = sum(p.numel() for p in model.parameters())
     dtype = model.embedding.weight.dtype
+    traffic = traffic_of_model(model, dtype, int8=config.dtype == "int8")  # of plain weights
     num_blocks = _num_blocks(config, model.config, dtype, max_model_len)
     cache = KVCache.allocate(
         model.config,
@@ -161,7 +163,9 @@ def assemble(
         ),
         pace=PromptPace(config.max_step_ratio),
         explain=partial(explain, model, eos_token_ids),
+        traffic=traffic,
     )
+    gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     info = ModelInfo(
         family=model.config.family,
         num_parameters=num_parameters,
@@ -189,6 +193,8 @@ def assemble(
             if selection.padding is None
             else (selection.padding.minimum, selection.padding.multiple)
         ),
+        device_name="" if gpu is None else gpu.name,
+        device_uuid=None if gpu is None else str(gpu.uuid),
     )
     return core, info
 

@@ -12,6 +12,7 @@ import msgspec
 from service.client import EngineState
 from service.engine.explain_messages import Attended, Explained, ExplainPart, ExplainWish
 from service.engine.messages import EngineStats, ModelInfo, SequenceOutput, TokenLogprob
+from service.engine_record import EngineRecord
 from service.explanations import Explanation, Explanations
 from service.health import EngineHealth
 from service.journal import SequenceRequest
@@ -166,6 +167,7 @@ class FakeEngine:
         self.state: EngineState = "idle"
         self.state_reason = ""
         self.refuse: Exception | None = None
+        self.record = EngineRecord()
         self.streams: list[FakeStream] = []
         self.requests: list[SequenceRequest] = []
         self.guests = Explanations(self.sent_to_guest.append)

@@ -6,7 +6,13 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.engine.messages import SequenceOutput, TokenLogprob
+from service.engine.messages import (
+    EngineStats,
+    SequenceOutput,
+    StepOutput,
+    StepRecord,
+    TokenLogprob,
+)
 from service.engine.outbox import Outbox, merged
 from tests.api.test_quotas import Clock
 
@@ -15,11 +21,15 @@ def token(id_: int, token_id: int, finish_reason: str | None = None) -> Sequence
     return SequenceOutput(id_, [token_id], finish_reason=finish_reason)  # type: ignore[arg-type]
 
 
+def taken(box: Outbox) -> list[SequenceOutput]:
+    return box.take(EngineStats()).outputs
+
+
 def outbox(clock: Clock, max_events_s: float = 1000.0) -> Outbox:
     box = Outbox(max_events_s, clock)
     box.add([token(id_, 0) for id_ in range(32)])
     assert box.is_due(32), "somebody waits for a first token"
-    assert len(box.take()) == 32
+    assert len(taken(box)) == 32
     return box
 
 
@@ -27,13 +37,17 @@ def test_with_many_sequences_tokens_share_a_message() -> None:
     clock = Clock()
     box = outbox(clock)
     for step in range(1, 5):
-        box.add([token(id_, step) for id_ in range(32)])
+        record = StepRecord(num_sequences=32, num_decodes=32, num_tokens=32, step_s=0.006)
+        box.add([token(id_, step) for id_ in range(32)], record)
         clock.now_s += 0.006
         assert not box.is_due(32)
     clock.now_s += 0.01
     assert box.is_due(32)
-    assert [one.token_ids for one in box.take()] == [[1, 2, 3, 4]] * 32
-    assert box.take() == []
+    told = box.take(EngineStats(steps=5))
+    assert [one.token_ids for one in told.outputs] == [[1, 2, 3, 4]] * 32
+    assert [record.num_tokens for record in told.steps] == [32] * 4
+    assert told.stats.steps == 5
+    assert box.take(EngineStats()) == StepOutput([], EngineStats())
 
 
 def test_with_few_sequences_each_step_is_told() -> None:
@@ -58,10 +72,10 @@ def test_a_first_token_and_an_end_do_not_wait() -> None:
     assert not box.is_due(32)
     box.add([token(99, 7)])
     assert box.is_due(32)
-    assert [(one.id, one.token_ids) for one in box.take()] == [(3, [1]), (99, [7])]
+    assert [(one.id, one.token_ids) for one in taken(box)] == [(3, [1]), (99, [7])]
     box.add([token(3, 2, "stop")])
     assert box.is_due(32)
-    assert box.take()[0].finish_reason == "stop"
+    assert taken(box)[0].finish_reason == "stop"
 
 
 def test_the_parts_of_an_output_are_kept() -> None:
@@ -114,12 +128,12 @@ def test_every_token_comes_once_and_in_order(
         waiting_since = clock.now_s if waiting_since is None and fresh else waiting_since
         if box.is_due(6):
             waiting_since = None
-            for one in box.take():
+            for one in taken(box):
                 assert one.id not in gone
                 told.setdefault(one.id, []).extend(one.token_ids)
         elif waiting_since is not None:
             assert clock.now_s - waiting_since < 0.06
-    for one in box.take():
+    for one in taken(box):
         told.setdefault(one.id, []).extend(one.token_ids)
     for id_, ids_told in told.items():
         assert ids_told == given_[id_][: len(ids_told)]
