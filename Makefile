@@ -7,12 +7,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
+# For what installs system packages; empty where you are root.
+SUDO ?= $(shell test "$$(id -u)" = 0 || echo sudo)
 # Extra words for pip, such as an index that has CPU builds of torch.
 PIP_ARGS ?=
 # Anything here: install CUDA packages even where no GPU is found.
 CUDA ?=
 
-.PHONY: install serve test lint quick audit clean
+.PHONY: install serve test lint quick audit observability-tools clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -39,6 +41,11 @@ lint: $(STAMP)
 # Known vulnerabilities in what is installed; says so where no advisories can be had.
 audit: $(STAMP)
 	$(BIN)/python deploy/audit.py
+
+# Prometheus and promtool, for the tests of deploy/ (Debian's package; skipped where they are not).
+observability-tools:
+	command -v prometheus >/dev/null && command -v promtool >/dev/null || { \
+		$(SUDO) apt-get update && $(SUDO) apt-get install --yes --no-install-recommends prometheus; }
 
 # Without the slow tests: for the change at hand.
 quick: $(STAMP)
