@@ -11,7 +11,9 @@ import asyncio
 from typing import Protocol
 
 from service.backlog import Backlog
+from service.engine.explain_messages import Explained, ExplainPart, ExplainWish
 from service.engine.messages import EngineConfig, EngineStats, ModelInfo, StepOutput
+from service.explanations import Explanation, Explanations
 from service.health import EngineHealth, EngineState
 from service.in_flight import InFlight, Loss
 from service.journal import SequenceRequest, TokenStream
@@ -25,6 +27,10 @@ __all__ = [
     "NeverFitsError",
     "QueueFullError",
 ]
+
+
+# A server that ends answers no more; another in its place may.
+RETRY_ELSEWHERE_S = 5.0
 
 
 class QueueFullError(Exception):
@@ -82,6 +88,13 @@ class Engine(Protocol):
         """
         ...
 
+    def explain(self, token_ids: list[int], wish: ExplainWish, timeout_s: float) -> Explanation:
+        """Admit an explanation; it is computed in what time the streams leave.
+
+        Raises `QueueFullError` or `EngineUnavailableError`.
+        """
+        ...
+
 
 class EngineClient:
     """Owns the engine process and everything in flight; implements `Engine`."""
@@ -93,13 +106,16 @@ class EngineClient:
         stall_s: float,
         max_queue_tokens: int | None = None,
         standby: bool = False,
+        max_explanations: int = 8,
     ) -> None:
         self.max_in_flight = max_in_flight
+        self.max_explanations = max_explanations
         self.max_queue_tokens = max_queue_tokens
         self.failed = asyncio.Event()  # set when the engine cannot start at all
         self._supervisor = Supervisor(self, stall_s=stall_s, standby=standby)
         self._backlog = Backlog()
         self._in_flight = InFlight(self._supervisor.send, self._backlog)
+        self._explanations = Explanations(self._supervisor.send)
         self._stats = EngineStats()
         self._draining = False
         self._no_grace = asyncio.Event()
@@ -133,7 +149,7 @@ class EngineClient:
             return phase
         if self._supervisor.is_silent:
             return "stalled"
-        return "busy" if self.in_flight else "idle"
+        return "busy" if self.in_flight or self._explanations.num_unanswered else "idle"
 
     @property
     def state_reason(self) -> str:
@@ -167,6 +183,17 @@ class EngineClient:
         self._admit(requests, timeout_s)
         return list(self._in_flight.add(requests))
 
+    def explain(self, token_ids: list[int], wish: ExplainWish, timeout_s: float) -> Explanation:
+        self._available()
+        self._check_wait(timeout_s)
+        count, limit = len(self._explanations), self.max_explanations
+        if count >= limit:
+            raise QueueFullError(
+                f"{count} explanations run or wait; the limit is {limit}",
+                retry_after_s=self._explanations.time_for(count - limit + 1),
+            )
+        return self._explanations.add(token_ids, wish)
+
     def spawn(self) -> None:
         """Start the engine process; it loads libraries while the caller goes on."""
         self._supervisor.spawn()
@@ -185,7 +212,7 @@ class EngineClient:
         `end_grace`; what is left then ends as cancelled, with the tokens it has."""
         self._draining = True
         waits = [
-            asyncio.create_task(self._in_flight.nothing.wait()),
+            asyncio.create_task(self._idle()),
             asyncio.create_task(self._no_grace.wait()),
         ]
         await asyncio.wait(waits, timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
@@ -193,6 +220,7 @@ class EngineClient:
             wait.cancel()
         for entry in self._in_flight:
             self._in_flight.end(entry, "cancelled")
+        self._explanations.end_all(EngineUnavailableError(self.state_reason, RETRY_ELSEWHERE_S))
 
     def end_grace(self) -> None:
         """Do not wait any longer for what runs."""
@@ -204,27 +232,50 @@ class EngineClient:
         await self._supervisor.stop()
 
     def engine_ready(self) -> None:
-        """Of the supervisor alone, like the three below."""
+        """Of the supervisor alone, like those below."""
         self._in_flight.engine_ready()
+        self._explanations.engine_ready()
 
     def engine_stepped(self, step: StepOutput) -> None:
         self._stats = step.stats
         for output in step.outputs:
             self._in_flight.deliver(output)
 
+    def engine_explained(self, message: ExplainPart | Explained) -> None:
+        if isinstance(message, ExplainPart):
+            self._explanations.take_part(message)
+        else:
+            self._explanations.take_answer(message)
+
     def engine_lost(self, loss: Loss) -> None:
         self._in_flight.engine_lost(loss)
+        self._explanations.engine_lost(loss)
         self._stats = EngineStats()
 
     def engine_failed(self, reason: str) -> None:
         for entry in self._in_flight:
             self._in_flight.end(entry, "error", f"the engine cannot start: {reason}")
+        self._explanations.end_all(EngineUnavailableError(self.state_reason, RETRY_ELSEWHERE_S))
         self.failed.set()
 
-    def _admit(self, requests: list[SequenceRequest], timeout_s: float) -> None:
+    async def _idle(self) -> None:
+        await self._in_flight.nothing.wait()
+        await self._explanations.nothing.wait()
+
+    def _available(self) -> ModelInfo:
+        """What runs, or soon will. Raises `EngineUnavailableError`."""
         state, info, wait_s = self.state, self.info, self._supervisor.wait_s
         if info is None or state not in ("idle", "busy", "stalled", "restarting"):
             raise EngineUnavailableError(self.state_reason, retry_after_s=max(2.0, wait_s))
+        return info
+
+    def _check_wait(self, timeout_s: float) -> None:
+        wait_s = self._supervisor.wait_s
+        if wait_s > timeout_s:
+            raise EngineUnavailableError(self.state_reason, retry_after_s=max(1.0, wait_s))
+
+    def _admit(self, requests: list[SequenceRequest], timeout_s: float) -> None:
+        info = self._available()
         for request in requests:
             _check_fits(request, info)
         if len(requests) > self.max_in_flight:
@@ -233,8 +284,7 @@ class EngineClient:
                 f"{self.max_in_flight} at most",
                 field="n",
             )
-        if wait_s > timeout_s:
-            raise EngineUnavailableError(self.state_reason, retry_after_s=max(1.0, wait_s))
+        self._check_wait(timeout_s)
         if self.in_flight + len(requests) > self.max_in_flight:
             excess = self.in_flight + len(requests) - self.max_in_flight
             raise QueueFullError(

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
+
 from model.sampling_params import SamplingParams
 from service.engine.messages import SequenceOutput, Submit, TokenLogprob
 
@@ -22,6 +24,7 @@ class SequenceRequest:
     prompt_token_ids: list[int]
     sampling: SamplingParams
     priority: int = 0
+    explain: list[tuple[int, int]] | None = None  # see `Submit`
 
     @property
     def num_tokens(self) -> int:
@@ -67,6 +70,7 @@ class JournalEntry:
     kills: int = 0  # the same, killed from outside
     _num_taken: int = 0  # of token_ids
     _logprobs: list[TokenLogprob] = field(default_factory=list)  # not yet taken
+    _explained: list[msgspec.Raw] = field(default_factory=list)  # not yet taken
     _last: SequenceOutput | None = None  # None: nothing came since the last `take`
     _timing: tuple[float, float] = (0.0, 0.0)
     _news: asyncio.Event | None = None
@@ -82,6 +86,7 @@ class JournalEntry:
             return None
         token_ids = self.token_ids[self._num_taken :]
         logprobs, self._logprobs = self._logprobs, []
+        explained, self._explained = self._explained, []
         self._num_taken = len(self.token_ids)
         return SequenceOutput(
             id=self.id,
@@ -94,6 +99,7 @@ class JournalEntry:
             cached_prompt_tokens=last.cached_prompt_tokens,
             queue_s=self._timing[0],
             prefill_s=self._timing[1],
+            explained=explained if self.request.explain is not None else None,
         )
 
     @property
@@ -110,6 +116,8 @@ class JournalEntry:
         self.token_ids += output.token_ids
         if output.logprobs:
             self._logprobs += output.logprobs
+        if output.explained:  # copied: as they come they hold on to the whole step's message
+            self._explained += [one.copy() for one in output.explained]
         self._last = output
         if self._news is not None:
             self._news.set()
@@ -122,4 +130,5 @@ class JournalEntry:
             self.request.sampling,
             self.request.priority,
             self.token_ids,
+            self.request.explain,
         )

@@ -22,6 +22,10 @@ Outcome = Literal["finished", "aborted", "failed"]
 # was waiting for too long; its client went away and did not come back within `detach_s`.
 AbortReason = Literal["client-gone", "slow-reader", "detach-expired"]
 
+# How an explanation ended: answered; nobody waited any more; the server failed; not within its
+# time beside the streams; what was asked for cannot be shown of the text.
+ExplainOutcome = Literal["finished", "aborted", "failed", "timeout", "refused"]
+
 
 class Metrics:
     """Counters of one server; its own registry, so that two in one process do not mix."""
@@ -53,6 +57,7 @@ class Metrics:
         self._generated = self._counter(
             "generated_tokens", "Tokens generated for clients, stop strings' included."
         )
+        self.explanations = ExplanationMetrics(self.registry)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"vitrine_{name}", text, labels, registry=self.registry)
@@ -102,6 +107,42 @@ class Metrics:
         and the content type."""
         encoder, content_type = choose_encoder(accept)
         return encoder(self.registry), content_type
+
+
+class ExplanationMetrics:
+    """POST /explain; accepted = ended + in flight, by a law of its own."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._accepted = Counter(
+            "vitrine_explain_accepted", "Explanations admitted.", registry=registry
+        )
+        self._ended = Counter(
+            "vitrine_explain_requests",
+            "Explanations that ended, by how.",
+            ["outcome"],
+            registry=registry,
+        )
+        for outcome in get_args(ExplainOutcome):
+            self._ended.labels(outcome)
+        self._in_flight = Gauge(
+            "vitrine_explain_in_flight", "Explanations admitted and not ended.", registry=registry
+        )
+        self._compute_s = Counter(
+            "vitrine_explain_compute_seconds",
+            "Time that the engine computed explanations.",
+            registry=registry,
+        )
+
+    def accepted(self) -> None:
+        """One was admitted."""
+        self._accepted.inc()
+        self._in_flight.inc()
+
+    def ended(self, outcome: ExplainOutcome, compute_s: float) -> None:
+        """One ended; called once for each."""
+        self._in_flight.dec()
+        self._ended.labels(outcome).inc()
+        self._compute_s.inc(compute_s)
 
 
 class _EngineCollector(Collector):

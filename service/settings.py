@@ -140,6 +140,21 @@ class Settings(ModelSettings):
     max_detach_bytes: int = Field(
         4 * 2**20, ge=1024, description="of events kept for one of them; past it, it fails"
     )
+    explain: bool = Field(
+        True, description="POST /explain, and `explain` in POST /generate; --no-explain: neither"
+    )
+    max_explain_tokens: int = Field(
+        256, ge=1, le=2**20, description="longest text of an explanation, in tokens"
+    )
+    max_explain_weights: int = Field(
+        4 * 2**20, ge=1, description="attention weights in the answer of an explanation"
+    )
+    max_explain_queue: int = Field(
+        8, ge=1, description="explanations that run, wait or are being sent, before 429"
+    )
+    explain_timeout_s: float = Field(
+        60.0, gt=0, description="an explanation for which the streams leave no time is given up"
+    )
     drain_s: float = Field(30.0, ge=0, description="time for running requests after SIGTERM")
     stall_s: float = Field(
         30.0, ge=2, description="silence after which the engine is taken for dead and replaced"

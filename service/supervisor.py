@@ -27,6 +27,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from service.engine.explain_messages import Explained, ExplainPart
 from service.engine.messages import (
     EngineConfig,
     Fatal,
@@ -64,6 +65,8 @@ class Listener(Protocol):
     def engine_ready(self) -> None: ...
 
     def engine_stepped(self, step: StepOutput) -> None: ...
+
+    def engine_explained(self, message: ExplainPart | Explained) -> None: ...
 
     def engine_lost(self, loss: Loss) -> None:
         """The engine that was ready, or was about to be, is gone."""
@@ -247,6 +250,9 @@ class Supervisor:
         if isinstance(message, StepOutput):
             self._computed = self._computed or bool(message.outputs)
             self._listener.engine_stepped(message)
+        elif isinstance(message, ExplainPart | Explained):
+            self._computed = True
+            self._listener.engine_explained(message)
         elif isinstance(message, Ready):
             self._is_ready(message)
         elif isinstance(message, StartFailed):

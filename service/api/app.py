@@ -13,6 +13,7 @@ from model.tokenizer import Tokenizer
 from service.api import (
     docs,
     errors,
+    explain,
     generate,
     openai_chat,
     openai_completions,
@@ -29,6 +30,7 @@ from service.api.identity import ApiKeyMiddleware
 from service.api.limits import ApiLimits
 from service.api.middleware import BodyLimitMiddleware, HeaderLimitMiddleware, LingerMiddleware
 from service.api.quotas import KeyQuotas
+from service.api.recent import RecentRequests
 from service.api.resumable import ResumableStreams
 from service.api.structured_output import Checker
 from service.api.visit import Visit, VisitMiddleware, log_line
@@ -62,6 +64,7 @@ def create_app(
     resumable = ResumableStreams(settings.max_detachable, settings.max_detach_bytes)
     metrics.watch("detachable_requests", "Requests kept for their detach_s.", resumable.__len__)
     metrics.watch("detachable_bytes", "Bytes of their events.", lambda: resumable.num_bytes)
+    recent = RecentRequests(settings.max_explain_tokens)
     context = ApiContext(
         limits=settings,
         engine=engine,
@@ -69,8 +72,9 @@ def create_app(
         model_name=model_name,
         metrics=metrics,
         chat_renderer=chat_renderer,
-        generations=ActiveGenerations(engine, metrics, settings.max_events_s),
+        generations=ActiveGenerations(engine, metrics, settings.max_events_s, recent),
         resumable=resumable,
+        recent=recent,
         grammars=grammars,
     )
     app = FastAPI(
@@ -113,6 +117,7 @@ def create_app(
         openai_chat,
         openai_models,
         tokenization,
+        explain,
         operations,
     ):
         app.include_router(module.routes(context))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from model.tokenizer import Tokenizer
 from service.api.generation import ActiveGenerations
 from service.api.limits import ApiLimits
+from service.api.recent import RecentRequests
 from service.api.resumable import ResumableStreams
 from service.api.structured_output import Checker
 from service.chat_renderer import ChatRenderer
@@ -30,6 +31,7 @@ class ApiContext:
     generations: ActiveGenerations
     chat_renderer: Callable[[], ChatRenderer | None]  # None: the model has no chat template
     resumable: ResumableStreams
+    recent: RecentRequests
     grammars: Checker | None  # None: the library is not installed
 
     def loaded(self) -> tuple[Tokenizer, ModelInfo]:

@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from service.api.answers import Timing, Usage
+from service.api.recent import TokenLog
 from service.api.text import AnswerText
 from service.engine.messages import SequenceOutput, TokenLogprob
 from service.journal import TokenStream
@@ -77,12 +78,15 @@ class Continuation:
         stop_token_ids: Collection[int],
         wants_logprobs: bool,
         arrived_s: float,
+        log: TokenLog,
     ) -> None:
-        """`prefix` comes before the first text (echo). Times are of the event loop's clock."""
+        """`prefix` comes before the first text (echo). Times are of the event loop's clock.
+        Tokens are noted in `log`."""
         self.index = index
         self.stream = stream
         self.done: Done | None = None
         self.num_tokens = 0
+        self._log = log
         self._answer = answer
         self._prefix = prefix
         self._num_prompt_tokens = num_prompt_tokens
@@ -150,6 +154,7 @@ class Continuation:
             return []
         self._texts.append(text)
         self.num_tokens += len(ids)
+        self._log.extend(ids)
         kept = None
         if self._wants_logprobs:
             kept = (logprobs or [])[: len(ids)]

@@ -20,9 +20,10 @@ from service.api.continuation import combined
 from service.api.disconnect import run_while_connected
 from service.api.errors import ProblemError, request_id_of
 from service.api.event_writer import EventWriter
-from service.api.generation import Generation, RequestKey
+from service.api.generation import Generation
 from service.api.identity import key_name_of
 from service.api.openapi import describe
+from service.api.recent import RequestKey
 from service.api.schemas import GenerateRequest
 from service.api.sse import EventStreamResponse
 from service.api.visit import visit_of

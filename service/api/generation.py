@@ -20,6 +20,7 @@ from model.sampling_params import SamplingParams
 from model.tokenizer import IncrementalDecoder, Tokenizer
 from service.api.continuation import Continuation, Delta, Done
 from service.api.errors import ProblemError, from_exception, invalid_field
+from service.api.recent import RecentRequests, RequestKey
 from service.api.text import AnswerText, StopStrings
 from service.client import Engine, EngineUnavailableError
 from service.engine.messages import SequenceOutput
@@ -33,8 +34,6 @@ _BY_WEIGHT = ("timeout", "cancelled", "length", "stop")
 _MAX_CANCELLED = 1024
 _SHORTEST_PAUSE_S = 0.002  # a shorter one costs more than it saves
 _LONGEST_PAUSE_S = 0.05  # more than that a reader would see
-
-RequestKey = tuple[str | None, str]  # owner, request id: nobody meets another's requests
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,9 +232,12 @@ class Generation:
 class ActiveGenerations:
     """All requests in flight, and the door into the engine."""
 
-    def __init__(self, engine: Engine, metrics: Metrics, max_events_s: float) -> None:
+    def __init__(
+        self, engine: Engine, metrics: Metrics, max_events_s: float, recent: RecentRequests
+    ) -> None:
         """`max_events_s`: events a second of all streams together, from which on they wait."""
         self.metrics = metrics
+        self._recent = recent
         self._max_events_s = max_events_s
         self._engine = engine
         self._active: set[Generation] = set()
@@ -269,6 +271,7 @@ class ActiveGenerations:
         except Exception:
             ticket.withdraw()
             raise
+        logs = self._recent.add(plans[0].key, [one.prompt_token_ids for one, _ in planned])
         continuations = []
         for index, (stream, (one, sampling)) in enumerate(zip(streams, planned, strict=True)):
             decoder = IncrementalDecoder(tokenizer, one.prompt_token_ids)
@@ -282,6 +285,7 @@ class ActiveGenerations:
                     stop_token_ids=sampling.stop_token_ids,
                     wants_logprobs=sampling.logprobs is not None,
                     arrived_s=one.arrived_s,
+                    log=logs[index],
                 )
             )
         generation = Generation(plans, continuations, self, ticket)

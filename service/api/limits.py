@@ -22,6 +22,13 @@ class ApiLimits:
     cors_origins: tuple[str, ...] = ()  # none: no page of another origin may call
     max_requests_per_key: int | None = None  # in flight; None: as many as the server takes
     max_tokens_per_minute_per_key: int | None = None  # prompt and max_tokens; None: any number
+    max_explain_tokens: int = 256  # of a text; 0: /explain and `explain` are switched off
+    max_explain_weights: int = 4 * 2**20  # attention weights in an answer of /explain
+    max_explain_recorded: int = 128 * 2**20  # that the engine keeps to make the answer
+    max_explain_lens: int = 128 * 2**10  # candidates of all layers and positions
+    max_explain_stream_tokens: int = 4096  # n * max_tokens of a request with `explain`
+    max_explain_queue: int = 8  # explanations that run, wait or are being sent
+    explain_timeout_s: float = 60.0  # from arrival to answer
     max_tokenize_chars: int = 100_000
     max_detokenize_ids: int = 100_000
     tokenize_in_thread_chars: int = 8_000  # longer texts are tokenized off the event loop

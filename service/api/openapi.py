@@ -11,7 +11,14 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from service.api import answers, openai_answers, openai_schemas, schemas
+from service.api import (
+    answers,
+    explain_answers,
+    explain_schemas,
+    openai_answers,
+    openai_schemas,
+    schemas,
+)
 from service.api.errors import MEDIA_TYPE, OpenAIErrorAnswer, Problem
 from service.api.identity import OPEN_PATHS
 
@@ -31,6 +38,7 @@ _REFUSALS = _AT_THE_DOOR | {
 }
 # Of some routes alone.
 _OWN_REFUSALS = {
+    403: "Explanations are switched off on this server.",
     404: "There is no such request or model, or it is another API key's.",
     409: "The request id is in use; see detach_s.",
 }
@@ -43,6 +51,7 @@ _REQUESTS: tuple[type[BaseModel], ...] = (
     schemas.GenerateRequest,
     schemas.TokenizeRequest,
     schemas.DetokenizeRequest,
+    explain_schemas.ExplainRequest,
     openai_schemas.CompletionRequest,
     openai_schemas.ChatRequest,
 )
@@ -54,6 +63,7 @@ _ANSWERS: tuple[type[msgspec.Struct], ...] = (
     answers.CancelAnswer,
     answers.TokenizeAnswer,
     answers.DetokenizeAnswer,
+    explain_answers.ExplainAnswer,
     answers.HealthAnswer,
     answers.InfoAnswer,
     openai_answers.Completion,

@@ -13,7 +13,7 @@ from contextlib import suppress
 
 from service.api.errors import ProblemError, retry_after
 from service.api.event_writer import EventWriter
-from service.api.generation import RequestKey
+from service.api.recent import RequestKey
 from service.metrics import AbortReason
 
 log = logging.getLogger(__name__)

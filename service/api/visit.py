@@ -54,6 +54,13 @@ class Ticket:
             self.charge.settle(generation.num_tokens_used)
         self.visit.check_complete()
 
+    def settle(self, num_tokens_used: int, outcome: Outcome) -> None:
+        """What was no generation ended; called once."""
+        self.outcome = outcome
+        if self.charge is not None:
+            self.charge.settle(num_tokens_used)
+        self.visit.check_complete()
+
 
 @dataclass(slots=True, eq=False)
 class Visit:

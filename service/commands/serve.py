@@ -23,6 +23,7 @@ def run(arguments: list[str]) -> int:
         max_queue_tokens=settings.max_queue_tokens,
         stall_s=settings.stall_s,
         standby=settings.standby,
+        max_explanations=settings.max_explain_queue,
     )
     early = EarlySignals()
     # First of all: torch takes seconds to import, and does so while this process goes on.

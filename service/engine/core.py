@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from model.sampling import SampledTokens
 from service.engine.grammars import GrammarQueue
+from service.engine.guests import Begin
 from service.engine.messages import EngineFinish, EngineStats, SequenceOutput, Submit, TokenLogprob
 from service.engine.pace import PromptPace
 from service.engine.profile import StepProfile
@@ -31,6 +32,7 @@ class EngineCore:
     scheduler: Scheduler
     runner: Runner
     grammars: GrammarQueue | None = None  # None: none can be followed here
+    explain: Begin | None = None  # begins the work of a guest; None: there are no guests
     pace: PromptPace = field(default_factory=lambda: PromptPace(0.0))
     sequences: dict[int, Sequence] = field(default_factory=dict)
     last_step: StepProfile = field(default_factory=StepProfile)

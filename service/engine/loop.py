@@ -15,12 +15,15 @@ import shutil
 import signal
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import zmq
 
 from service import logs
+from service.engine.explain_messages import EndExplain, Explain
+from service.engine.guests import Guests
 from service.engine.heartbeat import HEARTBEAT_S, Heartbeat
 from service.engine.messages import (
     MAX_MESSAGE_BYTES,
@@ -88,12 +91,18 @@ def serve(socket: zmq.Socket[bytes]) -> None:
     if core is None:
         return
     core.recorder = Recorder(_folder())
-    while handle_messages(socket, core):
+    guests = Guests(core.explain, partial(send, socket), core.recorder)
+    while handle_messages(socket, core, guests):
         heartbeat.step_begins()
-        outputs = core.step() if core.has_work else []
+        stepped = core.has_work
+        outputs = core.step() if stepped else []
         if not core.has_work:
             core.scheduler.pool.check()
         send(socket, StepOutput(outputs, core.stats()))
+        if stepped:
+            guests.after_step(is_last=not core.has_work)
+        elif guests.has_work:
+            guests.alone(is_wanted=lambda: bool(socket.poll(0)))
 
 
 def import_libraries() -> str:
@@ -127,16 +136,20 @@ def start(
     return core
 
 
-def handle_messages(socket: zmq.Socket[bytes], core: EngineCore) -> bool:
+def handle_messages(socket: zmq.Socket[bytes], core: EngineCore, guests: Guests) -> bool:
     """Take in what has arrived; waits a heartbeat's length when there is nothing to do.
     False when the engine is to end."""
-    wait_ms = 0 if core.has_work else int(HEARTBEAT_S * 1000)
+    wait_ms = 0 if core.has_work or guests.has_work else int(HEARTBEAT_S * 1000)
     while socket.poll(wait_ms):
         message = receive(socket)
         if isinstance(message, Submit):
             core.add(message)
         elif isinstance(message, Abort):
             core.abort(message.id)
+        elif isinstance(message, Explain):
+            guests.add(message)
+        elif isinstance(message, EndExplain):
+            guests.forget(message.id)
         elif isinstance(message, Shutdown):
             return False
         else:

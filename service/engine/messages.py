@@ -11,6 +11,7 @@ from typing import Literal
 import msgspec
 
 from model.sampling_params import SamplingParams
+from service.engine.explain_messages import EndExplain, Explain, Explained, ExplainPart
 
 MAX_MESSAGE_BYTES = 64 * 2**20
 
@@ -42,6 +43,8 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     sampling: SamplingParams
     priority: int = 0
     output_token_ids: list[int] = []
+    # (layer, head) to tell of beside the mean of all; None: nothing is told of what tokens see.
+    explain: list[tuple[int, int]] | None = None
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -54,7 +57,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """End the process now."""
 
 
-ToEngine = EngineConfig | Submit | Abort | Shutdown
+ToEngine = EngineConfig | Submit | Abort | Shutdown | Explain | EndExplain
 
 
 class ModelInfo(msgspec.Struct, frozen=True):
@@ -122,6 +125,9 @@ class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
     cached_prompt_tokens: int = 0
     queue_s: float = 0.0  # from arrival to the first step it ran in
     prefill_s: float = 0.0  # from there to its first token
+    # An `Attended` for each token, encoded: many may wait for a slow reader, and as objects
+    # they take ten times the memory.
+    explained: list[msgspec.Raw] | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):
@@ -163,7 +169,7 @@ class Fatal(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-FromEngine = Ready | StartFailed | StepOutput | Progress | Fatal
+FromEngine = Ready | StartFailed | StepOutput | Progress | Fatal | ExplainPart | Explained
 
 
 class MessageTooLargeError(ValueError):

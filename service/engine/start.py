@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from model.select import Int8UnavailableError, select_forward
 from model.transformer import Transformer
 from service.engine.blocks import BlockPool
 from service.engine.core import EngineCore
+from service.engine.explaining import explain
 from service.engine.grammars import GrammarQueue
 from service.engine.heartbeat import Heartbeat
 from service.engine.messages import EngineConfig, ModelInfo
@@ -158,6 +160,7 @@ def assemble(
             heartbeat=heartbeat,
         ),
         pace=PromptPace(config.max_step_ratio),
+        explain=partial(explain, model, eos_token_ids),
     )
     info = ModelInfo(
         family=model.config.family,

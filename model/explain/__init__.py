@@ -1,0 +1,1 @@
+"""Seeing what the model does: attention, logit lens, ablations, on the weights that serve."""
