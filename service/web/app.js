@@ -116,13 +116,14 @@ async function stream(signal, seed) {
   try {
     return await streamText(body(EXPLAIN_FIELDS), options);
   } catch (error) {
-    if (!isExplanationRefused(error)) throw error;
-    setMissing(error.message);
+    if (isExplanationOff(error)) setMissing(error.message);
+    else if (error.field !== "explain") throw error;
+    else byId("outcome").textContent = `Without attention while it streams: ${error.message}`;
     return streamText(body({}), options);
   }
 }
 
-const isExplanationRefused = (error) => error instanceof Problem && (error.status === 403 || (error.status === 422 && error.field?.startsWith("explain")));
+const isExplanationOff = (error) => error instanceof Problem && error.status === 403;
 
 async function stop() {
   const current = running;
@@ -135,13 +136,15 @@ async function stop() {
   }
 }
 
-/** Tokens of the prompt alone, to look into. */
-async function look({ isReplay = false } = {}) {
+/** Tokens of the prompt alone, to look into; the last that is `word` is chosen. */
+async function look({ isReplay = false, word = null } = {}) {
   if (!beginNew({ isReplay })) return;
   try {
     showTokens(await promptTokens(state.prompt), 0);
     update({ shown: "prompt", drawn: "" });
     showDrawn("", keepSeed);
+    const found = text.tokens.findLastIndex((token) => token.name.trim() === word);
+    if (found >= 0) update({ token: found });
     await explain();
   } catch (error) {
     fail(error, () => look({ isReplay }));
@@ -193,7 +196,7 @@ async function explain() {
     await explainer.open(text.tokens.slice(0, count).map((token) => token.id), { numLayers: info.num_layers, numHeads: info.num_heads });
   } catch (error) {
     if (error.name === "AbortError") return;
-    if (isExplanationRefused(error)) setMissing(error.message);
+    if (isExplanationOff(error)) setMissing(error.message);
     else fail(error, explain);
     return;
   } finally {
@@ -396,10 +399,7 @@ function chooseExample(example) {
   update({ prompt: example.text });
   byId("prompt").value = example.text;
   if (!example.look) return generate();
-  return look().then(() => {
-    const position = text.tokens.findLastIndex((token) => token.name.trim() === example.look);
-    if (position >= 0) chooseToken(position);
-  });
+  return look({ word: example.look });
 }
 
 function listen() {

@@ -22,8 +22,8 @@ export class Attention {
     this.#answer = answer;
     this.layers = answer.layers;
     this.heads = answer.heads;
-    this.numTokens = (answer.weights ?? answer.top)[0][0].length;
-    if (answer.kind === "full") this.#mean = meanOf(answer.weights);
+    this.numTokens = (answer.full ?? answer.top)[0][0].length;
+    if (answer.kind === "full") this.#mean = meanOf(answer.full);
   }
 
   /** Rows of the mean over all heads; needed where not all weights are there. */
@@ -52,7 +52,7 @@ export class Attention {
     if (!head) return this.#mean?.[query] ?? null;
     const [i, j] = [this.layers.indexOf(head[0]), this.heads.indexOf(head[1])];
     if (i < 0 || j < 0) return null;
-    if (this.#answer.kind === "full") return this.#answer.weights[i][j][query];
+    if (this.#answer.kind === "full") return this.#answer.full[i][j][query];
     const complete = this.#heads.get(head.join("."));
     if (complete) return complete[query];
     const { keys, weights } = this.#answer.top[i][j][query];
@@ -62,11 +62,11 @@ export class Attention {
   }
 }
 
-function meanOf(weights) {
-  const count = weights.length * weights[0].length;
-  return weights[0][0].map((_, query) => {
+function meanOf(full) {
+  const count = full.length * full[0].length;
+  return full[0][0].map((_, query) => {
     const row = new Array(query + 1).fill(0);
-    for (const layer of weights) for (const head of layer) for (let key = 0; key <= query; key += 1) row[key] += head[query][key] / count;
+    for (const layer of full) for (const head of layer) for (let key = 0; key <= query; key += 1) row[key] += head[query][key] / count;
     return row;
   });
 }

@@ -38,7 +38,7 @@ export class Explainer {
     const kind = kindFor(ids.length, numLayers * numHeads);
     const answer = await this.#ask("open", { attention: kind, ...(kind === "top" ? { top_k: TOP_K } : {}), lens: 0 });
     const attention = new Attention(answer.attention);
-    if (kind === "top") attention.setMean((await this.#ask("open", { attention: "mean", lens: 0 })).attention.weights);
+    if (kind === "top") attention.setMean((await this.#ask("open", { attention: "mean", lens: 0 })).attention.mean);
     this.attention = attention;
     this.entropy = answer.entropy;
     this.tokens = answer.tokens;
@@ -49,19 +49,21 @@ export class Explainer {
     const positions = [...new Set([query, token - 1])].filter((position) => position >= 0);
     const needsRows = head && !this.attention.isComplete(head);
     const answer = await this.#ask("focus", {
-      ...(needsRows ? { attention: "full", layers: [head[0]], heads: [head[1]] } : { attention: "none" }),
+      attention: needsRows ? "full" : "none",
+      layers: [stepsHead[0]],
+      heads: [stepsHead[1]],
       lens: LENS,
       lens_positions: positions,
       head: { layer: stepsHead[0], head: stepsHead[1], query },
     });
-    if (needsRows) this.attention.setHead(head, answer.attention.weights[0][0]);
+    if (needsRows) this.attention.setHead(head, answer.attention.full[0][0]);
     for (const position of positions) this.#lens.set(position, answer.lens.filter((row) => row.position === position));
     this.steps = answer.head;
   }
 
   /** The text with and without some heads and edges. */
   async compare(heads, edges) {
-    this.whatIf = await this.#ask("compare", { attention: "none", lens: 0, candidates: CANDIDATES, ablate: { heads, edges }, max_tokens: CONTINUATION_TOKENS });
+    this.whatIf = await this.#ask("compare", { attention: "none", layers: [0], heads: [0], lens: 0, candidates: CANDIDATES, ablate: { heads, edges }, max_tokens: CONTINUATION_TOKENS });
   }
 
   /** Rows of the logit lens at a position, where they were asked for. */

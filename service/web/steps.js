@@ -69,7 +69,7 @@ const vectorWords = (vector, count = SHOWN_NUMBERS) =>
 
 /** Vectors as strips of cells: ochre above zero, blue below, all on one scale. */
 function paint(strips) {
-  const [paper, above, below] = ["--map-paper", "--ochre", "--map-ink"].map(colourOf);
+  const [paper, above, below] = ["--map-paper", "--bar", "--map-ink"].map(colourOf);
   const most = Math.max(...strips.flatMap(([, vector]) => vector.map(Math.abs)), 1e-9);
   for (const [canvas, vector] of strips) {
     Object.assign(canvas, { width: vector.length, height: 1 });

@@ -6,7 +6,7 @@ import { h, number, percent, shown } from "./dom.js";
 /** `answer` is of /explain with `ablate`; null: nothing was asked yet; `isWaiting`: it is. */
 export function drawWhatIf(element, { offHeads, offEdges, tokens, answer, isWaiting, problem, events }) {
   if (!offHeads.length && !offEdges.length) {
-    element.replaceChildren(h("p", { class: "quiet" }, "Nothing is switched off. The dot in the corner of each small map switches its head off; a click in the large map cuts one glance."));
+    element.replaceChildren(h("p", { class: "quiet" }, "Nothing is switched off. Switch the chosen head off with the button above its large map, any head with the dot in the corner of its small one; a click in the large map cuts one glance."));
     return;
   }
   const chips = [
