@@ -20,7 +20,7 @@ from model.config import ModelConfig
 from model.forward import Heartbeat
 from model.kernels import native, structs
 from model.kernels.native import LANES
-from model.kernels.packing import PackedLinear, WeightKind, pack
+from model.kernels.packing import PANEL_OUTPUTS, PackedLinear, WeightKind, pack
 from model.kv_cache import KVCache
 from model.layers import GeluMLP, LayerNorm, RMSNorm, SwiGLUMLP
 from model.linear import Linear
@@ -29,7 +29,6 @@ from model.transformer import Block, Transformer
 MAX_HEAD_DIM = 256
 MAX_BLOCK_SIZE = 128
 JOB_QUERIES = 32  # queries of a chunk that one thread takes at a time
-PANEL_OUTPUTS = 64  # outputs of a product that one thread takes at a time
 
 
 def unsupported(config: ModelConfig, cache: KVCache) -> str | None:
@@ -67,8 +66,8 @@ class Scratch:
 
 
 class CompiledForward:
-    """`Forward` in compiled code. Made once; the model's plain weights are gone afterwards
-    (`Linear.plain_weight` unpacks one again)."""
+    """`Forward` in compiled code. Made once; the model's plain weights are gone afterwards, and
+    its products run on the packed ones."""
 
     def __init__(self, model: Transformer, cache: KVCache, *, int8: bool = False) -> None:
         """Raises `NativeKernelError` where the kernels cannot be built. The model's dtype is
@@ -178,7 +177,7 @@ class CompiledForward:
     def _linear(self, linear: Linear, *, gated: bool = False) -> structs.Linear:
         packed = pack(linear, self._kind, gated=gated)
         is_embedding = linear.weight is self._model.embedding.weight
-        linear.replace_weight(packed.unpacked, keep_plain=is_embedding)
+        linear.replace_weight(packed, keep_plain=is_embedding)
         self._kept.append(packed)
         return packed.struct()
 

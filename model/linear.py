@@ -3,15 +3,14 @@
 Plain, it is `torch.nn.functional.linear`. Packed (`Linear.pack`), the weight is laid out once
 for oneDNN, which reads it from memory 1.5-3 times as fast when there are few rows, and
 takes the activation or the residual after the product along (loadtests/NOTES.md). Where
-compiled code serves (model/compiled.py), it keeps the weight in its own layout, and this
-module asks for it when somebody still calls it, to explain or to compare.
+compiled code serves (model/compiled.py), it keeps the weight in its own layout, and computes
+this module's products from it when somebody still calls it, to explain or to compare.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +20,18 @@ from torch import Tensor, nn
 # Rows that oneDNN chooses the layout for. The layouts for 8 and for 512 rows are the same on
 # the processors measured; the one for 1 row gives it other bits than it has among others.
 PACKED_FOR_ROWS = 64
+
+
+class PackedWeight(Protocol):
+    """A weight in somebody else's layout."""
+
+    def product(self, x: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows out_features"]:
+        """x W^T + b, float32."""
+        ...
+
+    def unpacked(self) -> Float[Tensor, "out_features in_features"]:
+        """The weight, made anew."""
+        ...
 
 
 class Linear(nn.Module):
@@ -34,7 +45,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
         self.packed: Tensor | None = None
-        self.rebuild: Callable[[], Tensor] | None = None
+        self.replaced: PackedWeight | None = None
         if not self.weight.is_meta:
             nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as torch.nn.Linear does
 
@@ -48,7 +59,7 @@ class Linear(nn.Module):
             else:
                 out = _onednn().binary(x, residual, self.packed, self.bias, "add")
             return out
-        product = F.linear(x, self.plain_weight(), self.bias)
+        product = self.product(x).to(x.dtype)
         return product if residual is None else residual + product
 
     def gelu(
@@ -58,7 +69,16 @@ class Linear(nn.Module):
         if self.packed is not None:
             out: Tensor = _onednn()(x, self.packed, self.bias, "gelu", [], approximate)
             return out
-        return F.gelu(F.linear(x, self.plain_weight(), self.bias), approximate=approximate)
+        return F.gelu(self.product(x).to(x.dtype), approximate=approximate)
+
+    def product(self, x: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows out_features"]:
+        """The product as it comes: float32 where compiled code makes it, otherwise x's type."""
+        if self.packed is not None:
+            out: Tensor = self(x)
+            return out
+        if self.replaced is not None:
+            return self.replaced.product(x)
+        return F.linear(x, self.weight, self.bias)
 
     def pack(self, *, keep_weight: bool) -> None:
         """Lay the weight out for oneDNN; the plain one is dropped unless `keep_weight` (it
@@ -68,17 +88,17 @@ class Linear(nn.Module):
         if not keep_weight:
             self._drop_weight()
 
-    def replace_weight(self, rebuild: Callable[[], Tensor], *, keep_plain: bool) -> None:
-        """From now on `rebuild` makes the weight, anew each time; the plain one is dropped
-        unless `keep_plain` (it is the embedding too)."""
-        self.rebuild = rebuild
+    def replace_weight(self, packed: PackedWeight, *, keep_plain: bool) -> None:
+        """From now on products are made with `packed`; the plain weight is dropped unless
+        `keep_plain` (it is the embedding too)."""
+        self.replaced = packed
         if not keep_plain:
             self._drop_weight()
 
     def plain_weight(self) -> Float[Tensor, "out_features in_features"]:
         """The weight that products are made with, wherever it is kept. Not for a module packed
         for oneDNN, which does not give it back."""
-        return self.weight if self.rebuild is None else self.rebuild()
+        return self.weight if self.replaced is None else self.replaced.unpacked()
 
     def _drop_weight(self) -> None:
         nothing = self.weight.new_empty(0, self.in_features)

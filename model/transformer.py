@@ -111,8 +111,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocab_size"]:
         """Scores of every next token, float32."""
-        scores: Tensor = self.lm_head(hidden)
-        return scores.float()
+        return self.lm_head.product(hidden).float()
 
 
 def _embedding(rows: int, width: int) -> nn.Embedding:

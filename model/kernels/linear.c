@@ -213,3 +213,11 @@ void linear(const Linear *l, const void *x, int64_t rows, int64_t x_is_bf16, con
         }
     }
 }
+
+/* One product alone, as float32: for what explains an answer with the weights that made it. */
+void vitrine_product(const Linear *l, const void *x, int64_t rows, int64_t x_is_bf16, float *out,
+                     void *panels, int64_t num_threads) {
+    const Output output = {out, NULL, NO_ACTIVATION, 0};
+#pragma omp parallel num_threads((int)num_threads)
+    linear(l, x, rows, x_is_bf16, &output, panels);
+}

@@ -17,7 +17,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from model.kernels.structs import FORWARD_ARGUMENTS
+from model.kernels.structs import FORWARD_ARGUMENTS, PRODUCT_ARGUMENTS
 
 SOURCES = tuple(
     Path(__file__).with_name(f"{name}.c") for name in ("forward", "linear", "attention")
@@ -42,8 +42,11 @@ def load() -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise NativeKernelError(f"{path.name} does not load: {error}") from error
-    library.vitrine_forward.argtypes = list(FORWARD_ARGUMENTS)
-    library.vitrine_forward.restype = None
+    for function, arguments in (
+        (library.vitrine_forward, FORWARD_ARGUMENTS),
+        (library.vitrine_product, PRODUCT_ARGUMENTS),
+    ):
+        function.argtypes, function.restype = list(arguments), None
     return library
 
 

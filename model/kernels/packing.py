@@ -10,6 +10,7 @@ largest magnitude / 127. Only weights are rounded; the products are those of bfl
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,11 +18,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from model.kernels import structs
+from model.kernels import native, structs
 from model.kernels.native import LANES
 from model.linear import Linear
 
 WeightKind = Literal["float32", "bfloat16", "int8"]
+PANEL_OUTPUTS = 64  # outputs of a product that one thread takes at a time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,6 +53,29 @@ class PackedLinear:
             None if self.scale is None else self.scale.data_ptr(),
             None if self.bias is None else self.bias.data_ptr(),
         )
+
+    def product(self, x: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows out_features"]:
+        """x W^T + b in float32, as the compiled forward computes it; x has the weights' type,
+        or bfloat16 for int8."""
+        wanted = torch.float32 if self.kind == "float32" else torch.bfloat16
+        if x.dtype != wanted or x.shape[1] != self.in_features:
+            raise TypeError(
+                f"a product of {self.kind} weights for {self.in_features} inputs takes "
+                f"{wanted}, got {x.dtype} {tuple(x.shape)}"
+            )
+        x, threads = x.contiguous(), torch.get_num_threads()
+        out = torch.empty(x.shape[0], self.out_features)
+        panels = x.new_empty(threads if self.kind == "int8" else 0, PANEL_OUTPUTS, x.shape[1])
+        native.load().vitrine_product(
+            ctypes.byref(self.struct()),
+            x.data_ptr(),
+            x.shape[0],
+            x.dtype == torch.bfloat16,
+            out.data_ptr(),
+            panels.data_ptr(),
+            threads,
+        )
+        return _gates_apart(out.T).T if self.gated else out
 
     def unpacked(self) -> Float[Tensor, "out_features in_features"]:
         """The weight as it was, or as int8 left it; bfloat16 for int8."""

@@ -98,3 +98,13 @@ class Step(Structure):
 
 
 FORWARD_ARGUMENTS = (ctypes.POINTER(Model), ctypes.POINTER(Step))
+# weights, x, rows, x_is_bf16, out, panels, threads
+PRODUCT_ARGUMENTS = (
+    ctypes.POINTER(Linear),
+    c_void_p,
+    c_int64,
+    c_int64,
+    c_void_p,
+    c_void_p,
+    c_int64,
+)

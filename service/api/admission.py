@@ -12,9 +12,11 @@ from model.sampling_params import SamplingParams
 from model.tokenizer import IncrementalDecoder, Tokenizer
 from service.api.context import ApiContext
 from service.api.errors import CONTEXT_EXCEEDED, ProblemError, invalid_field
+from service.api.explain_checks import requested_heads
 from service.api.generation import Plan
 from service.api.limits import ApiLimits
 from service.api.schemas import MAX_SEED, GenerateRequest
+from service.api.sight import NUM_TOP
 from service.api.structured_output import check_grammar, requested_grammar
 from service.api.text import StopStrings
 from service.client import EngineUnavailableError, NeverFitsError, QueueFullError
@@ -45,6 +47,7 @@ async def make_plan(
     grammar = requested_grammar(body)
     prompt_ids = await _prompt_ids(body, tokenizer, info, context.limits)
     max_tokens = _max_tokens(body, len(prompt_ids), info)
+    explain = requested_heads(body, max_tokens, info, context.limits)
     if grammar is not None:  # last: it is the dearest
         await check_grammar(grammar, context.grammars, info, timeout_s)
     seed = secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed
@@ -65,6 +68,8 @@ async def make_plan(
         arrived_s=arrived_s,
         timeout_s=timeout_s,
         owner=owner,
+        num_logprobs=body.logprobs,
+        explain=explain,
     )
 
 
@@ -213,5 +218,12 @@ def _sampling(
         stop_token_ids=tuple(dict.fromkeys(body.stop_token_ids)),
         ignore_eos=body.ignore_eos,
         grammar=grammar,
-        logprobs=body.logprobs,
+        logprobs=_num_alternatives(body),
     )
+
+
+def _num_alternatives(body: GenerateRequest) -> int | None:
+    """How many the engine is to give of each token; `explain` shows some too."""
+    if not body.explain:
+        return body.logprobs
+    return max(NUM_TOP, body.logprobs or 0)

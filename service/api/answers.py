@@ -65,6 +65,32 @@ class Timing(msgspec.Struct, frozen=True):
     ]
 
 
+class AttendedPosition(msgspec.Struct, frozen=True):
+    """A token that was looked at, and how much."""
+
+    position: Annotated[int, Meta(description="In prompt and output, from 0.")]
+    weight: float
+
+
+class AttendedByHead(msgspec.Struct, frozen=True):
+    """What one head looked at, heaviest first."""
+
+    layer: int
+    head: int
+    attended: list[AttendedPosition]
+
+
+class TokenExplanation(msgspec.Struct, frozen=True):
+    """What the query that chose a token looked at, and what else it may have chosen."""
+
+    attended: Annotated[
+        list[AttendedPosition],
+        Meta(description="At most 8, heaviest first: the mean over all layers and heads."),
+    ]
+    heads: Annotated[list[AttendedByHead], Meta(description="As in `explain_heads`.")]
+    top: Annotated[list[TopLogprob], Meta(description="The five likeliest, before sampling.")]
+
+
 class StartEvent(msgspec.Struct, frozen=True):
     """The first event: the request is admitted."""
 
@@ -84,6 +110,9 @@ class TokenEvent(msgspec.Struct, frozen=True):
     ]
     token_ids: list[int]
     logprobs: list[Logprob] | UnsetType = UNSET
+    explain: Annotated[
+        list[TokenExplanation] | UnsetType, Meta(description="Parallel to token_ids.")
+    ] = UNSET
 
 
 class DoneEvent(msgspec.Struct, frozen=True):
@@ -106,6 +135,9 @@ class Choice(msgspec.Struct, frozen=True):
     finish_reason: str
     stop_reason: str | int | UnsetType = UNSET
     logprobs: list[Logprob] | UnsetType = UNSET
+    explain: Annotated[
+        list[TokenExplanation] | UnsetType, Meta(description="Parallel to token_ids.")
+    ] = UNSET
 
 
 class GenerateAnswer(msgspec.Struct, frozen=True):

@@ -9,8 +9,11 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
+import msgspec
+
 from service.api.answers import Timing, Usage
 from service.api.recent import TokenLog
+from service.api.sight import Sight, sights
 from service.api.text import AnswerText
 from service.engine.messages import SequenceOutput, TokenLogprob
 from service.journal import TokenStream
@@ -50,6 +53,7 @@ class Delta:
     text: str
     token_ids: list[int]
     logprobs: list[TokenLogprob] | None  # parallel to token_ids; None: not asked for
+    explained: list[Sight] | None = None  # likewise
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +80,8 @@ class Continuation:
         prefix: str,
         num_prompt_tokens: int,
         stop_token_ids: Collection[int],
-        wants_logprobs: bool,
+        num_logprobs: int | None,
+        explains: bool,
         arrived_s: float,
         log: TokenLog,
     ) -> None:
@@ -91,7 +96,7 @@ class Continuation:
         self._prefix = prefix
         self._num_prompt_tokens = num_prompt_tokens
         self._stop_token_ids = stop_token_ids
-        self._wants_logprobs = wants_logprobs
+        self._num_logprobs, self._explains = num_logprobs, explains
         self.times = Times(arrived_s)
         self._num_cached = 0
         self._texts: list[str] = []
@@ -110,7 +115,7 @@ class Continuation:
         if piece.stop is not None:
             self.stream.cancel()
             kept = ids[: piece.num_tokens]
-            return self._finish(piece.text, kept, output.logprobs, "stop", piece.stop)
+            return self._finish(piece.text, kept, output, "stop", piece.stop)
         if output.finish_reason is not None:
             rest = self._answer.finish()
             reason: str = output.finish_reason
@@ -119,8 +124,8 @@ class Continuation:
                 reason, stop = "stop", rest.stop
             elif output.stop_token_id in self._stop_token_ids:
                 stop = output.stop_token_id
-            return self._finish(piece.text + rest.text, ids, output.logprobs, reason, stop)
-        return self._delta(piece.text, ids, output.logprobs)
+            return self._finish(piece.text + rest.text, ids, output, reason, stop)
+        return self._delta(piece.text, ids, output)
 
     def end(self, finish_reason: str) -> list[Delta | Done]:
         """End it from our side, with what it has; the caller cancels the stream."""
@@ -131,11 +136,11 @@ class Continuation:
         self,
         text: str,
         ids: list[int],
-        logprobs: list[TokenLogprob] | None,
+        output: SequenceOutput | None,
         reason: str,
         stop: str | int | None,
     ) -> list[Delta | Done]:
-        items = self._delta(text, ids, logprobs)
+        items = self._delta(text, ids, output)
         self.done = Done(
             self.index,
             reason,
@@ -147,20 +152,27 @@ class Continuation:
         return [*items, self.done]
 
     def _delta(
-        self, text: str, ids: list[int], logprobs: list[TokenLogprob] | None
+        self, text: str, ids: list[int], output: SequenceOutput | None
     ) -> list[Delta | Done]:
+        """`ids` are those of the output's tokens that count, from its first on."""
         text, self._prefix = self._prefix + text, ""
         if not text and not ids:
             return []
         self._texts.append(text)
         self.num_tokens += len(ids)
         self._log.extend(ids)
-        kept = None
-        if self._wants_logprobs:
-            kept = (logprobs or [])[: len(ids)]
-            if len(kept) != len(ids):
-                raise ValueError(f"{len(ids)} tokens came with {len(kept)} log-probabilities")
-        return [Delta(self.index, text, ids, kept)]
+        if self._num_logprobs is None and not self._explains:
+            return [Delta(self.index, text, ids, None)]
+        logprobs = (output.logprobs if output is not None else None) or []
+        return [
+            Delta(
+                self.index,
+                text,
+                ids,
+                _logprobs(logprobs, len(ids), self._num_logprobs),
+                sights(output, len(ids)) if self._explains else None,
+            )
+        ]
 
     def usage(self) -> Usage:
         """Tokens so far."""
@@ -182,6 +194,20 @@ def combined(continuations: Sequence[Continuation]) -> tuple[Usage, Timing]:
     )
     last_s = max(one.times.last_s for one in continuations)
     return usage, replace(first, last_s=last_s).timing(usage.completion_tokens)
+
+
+def _logprobs(
+    found: list[TokenLogprob], num_tokens: int, num_top: int | None
+) -> list[TokenLogprob] | None:
+    """Those of the first tokens, with as many alternatives as the client asked for."""
+    if num_top is None:
+        return None
+    if len(found) < num_tokens:
+        raise ValueError(f"{num_tokens} tokens came with {len(found)} log-probabilities")
+    return [
+        one if len(one.top) <= num_top else msgspec.structs.replace(one, top=one.top[:num_top])
+        for one in found[:num_tokens]
+    ]
 
 
 def _without_stop_token(output: SequenceOutput) -> list[int]:

@@ -11,6 +11,7 @@ from service.api import answers
 from service.api.answers import DoneEvent, StartEvent, TokenEvent
 from service.api.continuation import Delta, Done
 from service.api.generation import Generation, Item
+from service.api.sight import explanations
 from service.api.sse import format_event
 
 
@@ -52,7 +53,8 @@ class EventWriter:
     def _event(self, item: Item) -> bytes:
         if isinstance(item, Delta):
             logprobs = answers.logprobs(self._tokenizer, item.logprobs)
-            event = TokenEvent(item.index, item.text, item.token_ids, logprobs)
+            explained = explanations(self._tokenizer, item.explained, self.generation.plan.explain)
+            event = TokenEvent(item.index, item.text, item.token_ids, logprobs, explained)
             return self._frame("token", answers.encode(event))
         if isinstance(item, Done):
             done = DoneEvent(

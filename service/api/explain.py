@@ -23,6 +23,7 @@ from service.api.errors import (
 )
 from service.api.explain_admission import check_wish, shown_text
 from service.api.explain_answers import ExplainAnswer
+from service.api.explain_checks import check_enabled
 from service.api.explain_schemas import ExplainRequest
 from service.api.explain_writer import explanation_json
 from service.api.identity import key_name_of
@@ -67,7 +68,7 @@ def routes(context: ApiContext) -> APIRouter:
         limits = context.limits
         with rejections_counted(context.metrics):
             body = await read_json(request, ExplainRequest)
-            check_enabled(context)
+            check_enabled(limits)
             shown = await shown_text(body, context, key_name_of(request))
             tokenizer, info = context.loaded()
             wish = check_wish(body, len(shown.token_ids), info, limits)
@@ -189,11 +190,3 @@ def _outcome(error: BaseException) -> ExplainOutcome:
     if isinstance(error, ProblemError) and error.kind == _TIMEOUT:
         return "timeout"
     return "failed"
-
-
-def check_enabled(context: ApiContext) -> None:
-    """Raise `ProblemError` (403) on a server that explains nothing."""
-    if not context.limits.max_explain_tokens:
-        raise ProblemError(
-            "explain-off", 403, "explanations are switched off on this server (--no-explain)"
-        )

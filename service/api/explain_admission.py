@@ -10,6 +10,7 @@ from model.tokenizer import IncrementalDecoder, Tokenizer
 from service.api.admission import check_token_ids
 from service.api.context import ApiContext
 from service.api.errors import ProblemError, invalid_field
+from service.api.explain_checks import check_below, check_head, check_heads
 from service.api.explain_schemas import ExplainRequest
 from service.api.limits import ApiLimits
 from service.engine.explain_messages import AblationWish, ExplainWish
@@ -62,8 +63,8 @@ def check_wish(
     _check_sizes(body, num_tokens, (len(layers), len(heads), len(positions)), info, limits)
     head = None
     if body.head is not None:
-        _check_head("head", body.head.layer, body.head.head, info)
-        _check_below("head", "query", body.head.query, num_tokens, "tokens")
+        check_head("head", body.head.layer, body.head.head, info)
+        check_below("head", "query", body.head.query, num_tokens, "tokens")
         head = (body.head.layer, body.head.head, body.head.query)
     return ExplainWish(
         layers=layers,
@@ -77,13 +78,6 @@ def check_wish(
         ablate=_ablation(body, num_tokens, info),
         max_tokens=body.max_tokens,
     )
-
-
-def check_heads(field: str, heads: list[list[int]], info: ModelInfo) -> list[tuple[int, int]]:
-    """[layer, head] pairs as the engine takes them. Raises `ProblemError` (422)."""
-    for layer, head in heads:
-        _check_head(field, layer, head, info)
-    return [(layer, head) for layer, head in heads]
 
 
 async def _from_text(text: str, tokenizer: Tokenizer, limits: ApiLimits) -> ShownText:
@@ -142,7 +136,7 @@ def _recent_ids(body: ExplainRequest, context: ApiContext, owner: str | None) ->
             "that key",
             field="request",
         )
-    _check_below("index", "index", body.index, len(logs), "continuations")
+    check_below("index", "index", body.index, len(logs), "continuations")
     log = logs[body.index]
     limit = context.limits.max_explain_tokens
     ids = log.token_ids
@@ -166,21 +160,10 @@ def _chosen(field: str, wanted: list[int] | None, count: int) -> list[int]:
         return list(range(count))
     what = "tokens" if field == "lens_positions" else field
     for one in wanted:
-        _check_below(field, field, one, count, what)
+        check_below(field, field, one, count, what)
     if len(set(wanted)) < len(wanted):
         raise invalid_field(field, f"{len(wanted)} were sent, {len(set(wanted))} of them different")
     return wanted
-
-
-def _check_below(field: str, name: str, value: int, count: int, what: str) -> None:
-    if value >= count:
-        named = "" if name == field else f"{name} "
-        raise invalid_field(field, f"{named}{value}; there are {count} {what}, counted from 0")
-
-
-def _check_head(field: str, layer: int, head: int, info: ModelInfo) -> None:
-    _check_below(field, "layer", layer, info.num_layers, "layers")
-    _check_below(field, "head", head, info.num_heads, "heads")
 
 
 def _check_sizes(
@@ -223,7 +206,7 @@ def _ablation(body: ExplainRequest, num_tokens: int, info: ModelInfo) -> Ablatio
     if not body.ablate.heads and not body.ablate.edges:
         raise invalid_field("ablate", "neither heads nor edges: there is nothing to switch off")
     for query, key in body.ablate.edges:
-        _check_below("ablate", "edge from query", query, num_tokens, "tokens")
+        check_below("ablate", "edge from query", query, num_tokens, "tokens")
         if key > query:
             raise invalid_field(
                 "ablate",

@@ -3,16 +3,12 @@ checked in explain_admission.py."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from service.api.request_body import RequestBody
-from service.api.schemas import Prompt
-
-Index = Annotated[int, Field(ge=0, le=2**31 - 1)]
-# JSON has no tuples.
-Pair = Annotated[list[Index], Field(min_length=2, max_length=2, fail_fast=True)]
+from service.api.schemas import Index, Pair, Prompt
 
 
 class HeadQuery(RequestBody):

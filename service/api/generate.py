@@ -25,6 +25,7 @@ from service.api.identity import key_name_of
 from service.api.openapi import describe
 from service.api.recent import RequestKey
 from service.api.schemas import GenerateRequest
+from service.api.sight import explanations
 from service.api.sse import EventStreamResponse
 from service.api.visit import visit_of
 from service.api.whole import whole_continuations
@@ -123,6 +124,7 @@ async def _whole_answer(
                 finish_reason=one.done.finish_reason,
                 stop_reason=UNSET if one.done.stop_reason is None else one.done.stop_reason,
                 logprobs=answers.logprobs(tokenizer, one.logprobs),
+                explain=explanations(tokenizer, one.explained, plan.explain),
             )
             for one in wholes
         ],

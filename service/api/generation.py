@@ -50,6 +50,9 @@ class Plan:
     arrived_s: float  # the event loop's clock
     timeout_s: float  # from arrival
     owner: str | None = None  # the API key that may resume and cancel it; None: no keys
+    num_logprobs: int | None = None  # alternatives that the client is told; None: no logprobs
+    # (layer, head) that it is told of beside the mean of all; None: nothing of what tokens see.
+    explain: list[tuple[int, int]] | None = None
 
     @property
     def key(self) -> RequestKey:
@@ -262,7 +265,7 @@ class ActiveGenerations:
         """
         planned = [(one, sampling) for one in plans for sampling in one.samplings]
         requests = [
-            SequenceRequest(one.prompt_token_ids, sampling, one.priority)
+            SequenceRequest(one.prompt_token_ids, sampling, one.priority, one.explain)
             for one, sampling in planned
         ]
         ticket = caller.begin(sum(plan.num_tokens for plan in plans))
@@ -283,7 +286,8 @@ class ActiveGenerations:
                     prefix=one.prefix,
                     num_prompt_tokens=len(one.prompt_token_ids),
                     stop_token_ids=sampling.stop_token_ids,
-                    wants_logprobs=sampling.logprobs is not None,
+                    num_logprobs=one.num_logprobs,
+                    explains=one.explain is not None,
                     arrived_s=one.arrived_s,
                     log=logs[index],
                 )

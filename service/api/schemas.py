@@ -37,6 +37,9 @@ def _either(what: str) -> Discriminator:
     )
 
 
+Index = Annotated[int, Field(ge=0, le=2**31 - 1)]
+# JSON has no tuples.
+Pair = Annotated[list[Index], Field(min_length=2, max_length=2, fail_fast=True)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 StopText = Annotated[str, Field(min_length=1, max_length=128)]
 # fail_fast everywhere: a body of 4 MiB has room for a million errors, which take seconds to tell.
@@ -157,6 +160,17 @@ class GenerateRequest(SamplingFields):
         ge=0,
         le=20,
         description="Give each token's log-probability, and that many alternatives.",
+    )
+    explain: bool = Field(
+        False,
+        description="Tell for each token what the query that chose it looked at, and the "
+        "likeliest alternatives. Takes n x max_tokens up to the server's limit.",
+    )
+    explain_heads: list[Pair] = Field(
+        [],
+        max_length=8,
+        fail_fast=True,
+        description="[layer, head] pairs to tell of beside the mean of all. Needs explain.",
     )
     echo: bool = Field(False, description="Begin the text with the prompt.")
     detach_s: float = Field(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from service.api.continuation import Delta, Done
 from service.api.generation import Generation
+from service.api.sight import Sight
 from service.engine.messages import TokenLogprob
 
 
@@ -16,15 +17,17 @@ class Whole:
     done: Done
     token_ids: list[int]
     logprobs: list[TokenLogprob] | None  # parallel to token_ids; None: not asked for
+    explained: list[Sight] | None  # likewise
 
 
 async def whole_continuations(generation: Generation) -> list[Whole]:
     """All continuations, in the order of their index. Raises `ProblemError` when one failed."""
-    samplings = [sampling for plan in generation.plans for sampling in plan.samplings]
-    token_ids: list[list[int]] = [[] for _ in samplings]
+    plans = [plan for plan in generation.plans for _ in plan.samplings]
+    token_ids: list[list[int]] = [[] for _ in plans]
     logprobs: list[list[TokenLogprob] | None] = [
-        None if sampling.logprobs is None else [] for sampling in samplings
+        None if plan.num_logprobs is None else [] for plan in plans
     ]
+    explained: list[list[Sight] | None] = [None if plan.explain is None else [] for plan in plans]
     done: dict[int, Done] = {}
     while items := await generation.next():
         for item in items:
@@ -32,8 +35,13 @@ async def whole_continuations(generation: Generation) -> list[Whole]:
                 token_ids[item.index] += item.token_ids
                 if (known := logprobs[item.index]) is not None:
                     known += item.logprobs or []
+                if (seen := explained[item.index]) is not None:
+                    seen += item.explained or []
             elif isinstance(item, Done):
                 done[item.index] = item
             else:
                 raise item.error
-    return [Whole(one, token_ids[index], logprobs[index]) for index, one in sorted(done.items())]
+    return [
+        Whole(one, token_ids[index], logprobs[index], explained[index])
+        for index, one in sorted(done.items())
+    ]

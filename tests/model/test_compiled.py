@@ -152,7 +152,7 @@ def test_other_calls_of_the_model_run_on_the_weights_that_serve() -> None:
     CompiledForward(model, cache)
     held = sum(parameter.nbytes for parameter in model.blocks.parameters())
     assert held < sum(parameter.nbytes for parameter in plain.blocks.parameters()) / 4
-    assert torch.equal(eager_logits(model), eager_logits(plain))
+    assert (eager_logits(model) - eager_logits(plain)).abs().max() <= 1e-4
 
 
 @torch.inference_mode()
@@ -173,6 +173,9 @@ def test_int8_weights_are_within_half_a_step_of_the_given_ones() -> None:
 
     ids = list(range(50))
     ours = feed(CompiledForward(model, cache(), int8=True), ids, [2, 0, 1, 3], 16, [])
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.weight, module.replaced = torch.nn.Parameter(module.plain_weight()), None
     twin = feed(eager_forward(model, cache()), ids, [2, 0, 1, 3], 16, [])
     assert (ours - twin).abs().max() <= BOUND[torch.bfloat16] * (1 + float(twin.abs().max()))
 
@@ -191,6 +194,36 @@ def test_unpacking_gives_the_weight_back(
     out_features = out_features * 32 if gated else out_features
     linear = Linear(in_features, out_features, bias=True).to(getattr(torch, kind))
     assert torch.equal(pack(linear, kind, gated=gated).unpacked(), linear.weight)
+
+
+@given(
+    kind=st.sampled_from(["float32", "bfloat16", "int8"]),
+    rows=st.integers(1, 40),
+    in_features=st.integers(1, 40).map(lambda n: 2 * n),
+    out_features=st.integers(1, 100),
+    gated=st.booleans(),
+    bias=st.booleans(),
+)
+@settings(deadline=None)
+@torch.inference_mode()
+def test_a_packed_product_is_that_of_the_unpacked_weight(
+    kind: WeightKind, rows: int, in_features: int, out_features: int, gated: bool, bias: bool
+) -> None:
+    out_features = out_features * 32 if gated else out_features
+    dtype = torch.float32 if kind == "float32" else torch.bfloat16
+    linear = Linear(in_features, out_features, bias=bias).to(dtype)
+    if linear.bias is not None:
+        linear.bias.normal_()
+    x = torch.randn(rows, in_features).to(dtype)
+    packed = pack(linear, kind, gated=gated)
+    expected = x.float() @ packed.unpacked().float().T
+    if linear.bias is not None:
+        expected += linear.bias.float()
+    # int8 is scaled after the product, and unpacked to bfloat16 before it
+    bound = 1e-5 if kind != "int8" else 2**-8 * float(expected.abs().max() + in_features**0.5)
+    assert (packed.product(x) - expected).abs().max() <= bound
+    with pytest.raises(TypeError, match="takes"):
+        packed.product(x.double())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
