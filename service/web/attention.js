@@ -66,7 +66,9 @@ function meanOf(full) {
   const count = full.length * full[0].length;
   return full[0][0].map((_, query) => {
     const row = new Array(query + 1).fill(0);
-    for (const layer of full) for (const head of layer) for (let key = 0; key <= query; key += 1) row[key] += head[query][key] / count;
+    for (const layer of full)
+      for (const head of layer)
+        for (let key = 0; key <= query; key += 1) row[key] += head[query][key] / count;
     return row;
   });
 }

@@ -12,7 +12,10 @@ export function setUpTheme(changed) {
   const show = () => {
     const now = root.dataset.theme ?? "auto";
     button.textContent = { auto: "Auto", light: "Light", dark: "Dark" }[now];
-    button.setAttribute("aria-label", `Colours: ${now === "auto" ? "as the system has them" : now}`);
+    button.setAttribute(
+      "aria-label",
+      `Colours: ${now === "auto" ? "as the system has them" : now}`,
+    );
   };
   button.addEventListener("click", () => {
     const next = THEMES[(THEMES.indexOf(root.dataset.theme ?? "auto") + 1) % THEMES.length];
@@ -34,21 +37,36 @@ export function askForKey(words) {
   dialog.returnValue = "";
   dialog.showModal();
   return new Promise((resolve) => {
-    dialog.addEventListener("close", () => resolve(dialog.returnValue === "ok" ? byId("key").value.trim() || null : null), { once: true });
+    dialog.addEventListener(
+      "close",
+      () => resolve(dialog.returnValue === "ok" ? byId("key").value.trim() || null : null),
+      { once: true },
+    );
   });
 }
 
 /** `choose(example)` when one is clicked. */
 export function drawExamples(choose) {
-  const made = EXAMPLES.map((example) => h("button", { type: "button", class: "chip", onclick: () => choose(example) }, example.look ? example.text : `${example.text} …`));
+  const made = EXAMPLES.map((example) =>
+    h(
+      "button",
+      { type: "button", class: "chip", onclick: () => choose(example) },
+      example.look ? example.text : `${example.text} …`,
+    ),
+  );
   byId("examples").replaceChildren(h("span", { class: "label" }, "Or one of these"), ...made);
 }
 
 /** The model in one line, and the version. */
 export function showModel(info) {
-  const parameters = info.parameters >= 1e9 ? `${number(info.parameters / 1e9, 1)} B` : `${number(info.parameters / 1e6, 1)} M`;
-  byId("model").textContent = `${info.model} · ${parameters} parameters · ${info.num_layers} layers of ${info.num_heads} heads · ${info.dtype} on ${info.device}`;
-  byId("version").textContent = `Vitrine ${info.versions.vitrine} · context ${info.context_length} tokens`;
+  const parameters =
+    info.parameters >= 1e9
+      ? `${number(info.parameters / 1e9, 1)} B`
+      : `${number(info.parameters / 1e6, 1)} M`;
+  byId("model").textContent =
+    `${info.model} · ${parameters} parameters · ${info.num_layers} layers of ${info.num_heads} heads · ${info.dtype} on ${info.device}`;
+  byId("version").textContent =
+    `Vitrine ${info.versions.vitrine} · context ${info.context_length} tokens`;
   document.title = `Vitrine · ${info.model}`;
 }
 
@@ -56,6 +74,18 @@ export function showModel(info) {
 export function choices(element, label, options, chosen, choose) {
   element.replaceChildren(
     h("span", { class: "label" }, label),
-    ...options.map(({ name, value, isOff = false }) => h("button", { type: "button", class: "choice", "aria-pressed": String(value === chosen), disabled: isOff, onclick: () => choose(value) }, name)),
+    ...options.map(({ name, value, isOff = false }) =>
+      h(
+        "button",
+        {
+          type: "button",
+          class: "choice",
+          "aria-pressed": String(value === chosen),
+          disabled: isOff,
+          onclick: () => choose(value),
+        },
+        name,
+      ),
+    ),
   );
 }

@@ -6,11 +6,14 @@ export function h(tag, properties = {}, ...children) {
   for (const [name, value] of Object.entries(properties)) {
     if (value === undefined || value === null || value === false) continue;
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
-    else if (name === "style") for (const [key, one] of Object.entries(value)) element.style.setProperty(key, one);
+    else if (name === "style")
+      for (const [key, one] of Object.entries(value)) element.style.setProperty(key, one);
     else if (name === "value") element.value = value;
     else element.setAttribute(name, value === true ? "" : value);
   }
-  element.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  element.append(
+    ...children.flat().filter((child) => child !== null && child !== undefined && child !== false),
+  );
   return element;
 }
 
@@ -19,7 +22,10 @@ export const byId = (id) => document.getElementById(id);
 /** A token's text as a label: spaces and line ends are seen, nothing is empty. */
 export function shown(text) {
   if (text === "") return "∅";
-  return text.replaceAll("\n", "↵").replaceAll("\t", "⇥").replace(/^ +| +$/g, (spaces) => "·".repeat(spaces.length));
+  return text
+    .replaceAll("\n", "↵")
+    .replaceAll("\t", "⇥")
+    .replace(/^ +| +$/g, (spaces) => "·".repeat(spaces.length));
 }
 
 /** A probability as a percentage that is never a false 0 or 100. */

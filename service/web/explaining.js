@@ -36,9 +36,14 @@ export class Explainer {
     this.#ids = ids;
     this.numLayers = numLayers;
     const kind = kindFor(ids.length, numLayers * numHeads);
-    const answer = await this.#ask("open", { attention: kind, ...(kind === "top" ? { top_k: TOP_K } : {}), lens: 0 });
+    const answer = await this.#ask("open", {
+      attention: kind,
+      ...(kind === "top" ? { top_k: TOP_K } : {}),
+      lens: 0,
+    });
     const attention = new Attention(answer.attention);
-    if (kind === "top") attention.setMean((await this.#ask("open", { attention: "mean", lens: 0 })).attention.mean);
+    if (kind === "top")
+      attention.setMean((await this.#ask("open", { attention: "mean", lens: 0 })).attention.mean);
     this.attention = attention;
     this.entropy = answer.entropy;
     this.tokens = answer.tokens;
@@ -57,13 +62,25 @@ export class Explainer {
       head: { layer: stepsHead[0], head: stepsHead[1], query },
     });
     if (needsRows) this.attention.setHead(head, answer.attention.full[0][0]);
-    for (const position of positions) this.#lens.set(position, answer.lens.filter((row) => row.position === position));
+    for (const position of positions)
+      this.#lens.set(
+        position,
+        answer.lens.filter((row) => row.position === position),
+      );
     this.steps = answer.head;
   }
 
   /** The text with and without some heads and edges. */
   async compare(heads, edges) {
-    this.whatIf = await this.#ask("compare", { attention: "none", layers: [0], heads: [0], lens: 0, candidates: CANDIDATES, ablate: { heads, edges }, max_tokens: CONTINUATION_TOKENS });
+    this.whatIf = await this.#ask("compare", {
+      attention: "none",
+      layers: [0],
+      heads: [0],
+      lens: 0,
+      candidates: CANDIDATES,
+      ablate: { heads, edges },
+      max_tokens: CONTINUATION_TOKENS,
+    });
   }
 
   /** Rows of the logit lens at a position, where they were asked for. */
@@ -80,6 +97,9 @@ export class Explainer {
     this.#asking.get(kind)?.abort();
     const controller = new AbortController();
     this.#asking.set(kind, controller);
-    return callJson("explain", { body: { prompt: this.#ids, ...question }, signal: controller.signal });
+    return callJson("explain", {
+      body: { prompt: this.#ids, ...question },
+      signal: controller.signal,
+    });
   }
 }

@@ -16,7 +16,15 @@ export async function promptTokens(prompt, signal) {
   return tokens.map((token) => {
     const text = characters.slice(Math.max(token.start, end), token.end).join("");
     end = Math.max(end, token.end);
-    return { id: token.id, text, name: token.text, logprob: null, rank: null, isPrompt: true, isSpecial: token.start === token.end };
+    return {
+      id: token.id,
+      text,
+      name: token.text,
+      logprob: null,
+      rank: null,
+      isPrompt: true,
+      isSpecial: token.start === token.end,
+    };
   });
 }
 
@@ -31,7 +39,8 @@ export async function streamText(bodyText, { signal, onStart, onTokens }) {
   let done = null;
   try {
     for await (const { event, data } of eventsOf(response)) {
-      if (event === "start") onStart({ id: JSON.parse(data).id, seed: /"seed":\s*(\d+)/.exec(data)[1] });
+      if (event === "start")
+        onStart({ id: JSON.parse(data).id, seed: /"seed":\s*(\d+)/.exec(data)[1] });
       else if (event === "token") onTokens(...tokensOf(JSON.parse(data)));
       else if (event === "done") done = JSON.parse(data);
       else if (event === "error") {
@@ -55,7 +64,10 @@ function tokensOf({ text, token_ids: ids, logprobs = [], explain = [] }) {
   if (!ids.length) return [[], text];
   const names = ids.map((_, i) => logprobs[i]?.text ?? "");
   // Several tokens in one event: their own texts where they make up the event's, else all of it on the last.
-  const pieces = ids.length > 1 && names.join("") === text ? names : ids.map((_, i) => (i === ids.length - 1 ? text : ""));
+  const pieces =
+    ids.length > 1 && names.join("") === text
+      ? names
+      : ids.map((_, i) => (i === ids.length - 1 ? text : ""));
   const tokens = ids.map((id, i) => ({
     id,
     text: pieces[i],

@@ -24,15 +24,30 @@ export class HeadGrid {
     this.#attention = attention;
     this.#cells.clear();
     const table = h("div", { class: "grid-table", style: { "--columns": attention.heads.length } });
-    table.append(h("span", { class: "grid-corner" }), ...attention.heads.map((head) => h("span", { class: "grid-name" }, head)));
+    table.append(
+      h("span", { class: "grid-corner" }),
+      ...attention.heads.map((head) => h("span", { class: "grid-name" }, head)),
+    );
     attention.layers.forEach((layer, i) => {
       table.append(h("span", { class: "grid-name" }, layer));
       attention.heads.forEach((head, j) => table.append(this.#cell(layer, head, entropy[i][j])));
     });
     this.#element.replaceChildren(
-      h("div", { class: "grid-head" },
+      h(
+        "div",
+        { class: "grid-head" },
         h("p", { class: "label" }, "Heads across, layers down"),
-        h("button", { type: "button", class: "plain small", id: "all-heads", onclick: () => this.#events.choose(null) }, "Mean of all heads")),
+        h(
+          "button",
+          {
+            type: "button",
+            class: "plain small",
+            id: "all-heads",
+            onclick: () => this.#events.choose(null),
+          },
+          "Mean of all heads",
+        ),
+      ),
       table,
     );
     this.repaint();
@@ -55,14 +70,33 @@ export class HeadGrid {
   repaint() {
     if (!this.#attention) return;
     const [paper, blue] = [colourOf("--map-paper"), colourOf("--map-ink")];
-    for (const [name, { canvas }] of this.#cells) paintMap(canvas, this.#attention, name.split(".").map(Number), paper, blue);
+    for (const [name, { canvas }] of this.#cells)
+      paintMap(canvas, this.#attention, name.split(".").map(Number), paper, blue);
   }
 
   #cell(layer, head, entropy) {
     const canvas = h("canvas", { width: PIXELS, height: PIXELS, "aria-hidden": "true" });
     const name = `layer ${layer}, head ${head}`;
-    const button = h("button", { type: "button", class: "map", "aria-pressed": "false", "aria-label": `${name}, entropy ${number(entropy, 2)} nats`, title: `${name} · entropy ${number(entropy, 2)} nats`, onclick: () => this.#events.choose([layer, head]) }, canvas);
-    const off = h("button", { type: "button", class: "off", "aria-pressed": "false", "aria-label": `Switch off ${name}`, title: `Switch off ${name}`, onclick: () => this.#events.toggle([layer, head]) });
+    const button = h(
+      "button",
+      {
+        type: "button",
+        class: "map",
+        "aria-pressed": "false",
+        "aria-label": `${name}, entropy ${number(entropy, 2)} nats`,
+        title: `${name} · entropy ${number(entropy, 2)} nats`,
+        onclick: () => this.#events.choose([layer, head]),
+      },
+      canvas,
+    );
+    const off = h("button", {
+      type: "button",
+      class: "off",
+      "aria-pressed": "false",
+      "aria-label": `Switch off ${name}`,
+      title: `Switch off ${name}`,
+      onclick: () => this.#events.toggle([layer, head]),
+    });
     const box = h("div", { class: "grid-cell", "data-head": `${layer}.${head}` }, button, off);
     this.#cells.set(`${layer}.${head}`, { button, off, canvas, box });
     return box;
@@ -75,7 +109,12 @@ export class HeadGrid {
     const [layer, head] = box.dataset.head.split(".").map(Number);
     const { layers, heads } = this.#attention;
     const [i, j] = [layers.indexOf(layer), heads.indexOf(head)];
-    const target = { ArrowRight: [i, j + 1], ArrowLeft: [i, j - 1], ArrowDown: [i + 1, j], ArrowUp: [i - 1, j] }[event.key];
+    const target = {
+      ArrowRight: [i, j + 1],
+      ArrowLeft: [i, j - 1],
+      ArrowDown: [i + 1, j],
+      ArrowUp: [i - 1, j],
+    }[event.key];
     if (target) this.#cells.get(`${layers[target[0]]}.${heads[target[1]]}`)?.button.focus();
     else if (event.key === "x") this.#events.toggle([layer, head]);
     else return;

@@ -10,7 +10,12 @@ const MAX_NAMED = 48; // tokens; more names than that could not be read
 export class LargeMap {
   #element;
   #events;
-  #canvas = h("canvas", { tabindex: "0", role: "application", "aria-roledescription": "attention map", "aria-describedby": "large-said" });
+  #canvas = h("canvas", {
+    tabindex: "0",
+    role: "application",
+    "aria-roledescription": "attention map",
+    "aria-describedby": "large-said",
+  });
   #said = h("p", { id: "large-said", class: "large-said", role: "status" });
   #title = h("p", { class: "label" });
   #off = h("button", { type: "button", class: "small", onclick: () => this.#events.toggleHead() });
@@ -22,7 +27,11 @@ export class LargeMap {
   constructor(element, events) {
     this.#element = element;
     this.#events = events;
-    element.append(h("div", { class: "grid-head" }, this.#title, this.#off), h("div", { class: "large-frame" }, this.#canvas), this.#said);
+    element.append(
+      h("div", { class: "grid-head" }, this.#title, this.#off),
+      h("div", { class: "large-frame" }, this.#canvas),
+      this.#said,
+    );
     this.#canvas.addEventListener("pointermove", (event) => this.#move(this.#cellAt(event)));
     this.#canvas.addEventListener("pointerleave", () => this.#move(null));
     this.#canvas.addEventListener("click", (event) => this.#click(event));
@@ -34,8 +43,13 @@ export class LargeMap {
   draw(view) {
     this.#view = view;
     if (this.#at && this.#at[0] >= view.attention.numTokens) this.#at = null;
-    this.#title.textContent = view.head ? `Layer ${view.head[0]} · head ${view.head[1]}` : "The mean of all heads and layers";
-    this.#canvas.setAttribute("aria-label", `Attention map: ${this.#title.textContent}. Arrow keys move, Enter cuts a glance or restores it.`);
+    this.#title.textContent = view.head
+      ? `Layer ${view.head[0]} · head ${view.head[1]}`
+      : "The mean of all heads and layers";
+    this.#canvas.setAttribute(
+      "aria-label",
+      `Attention map: ${this.#title.textContent}. Arrow keys move, Enter cuts a glance or restores it.`,
+    );
     this.#off.hidden = !view.head;
     this.#off.textContent = view.isOff ? "Switch this head on again" : "Switch this head off";
     this.repaint();
@@ -48,7 +62,13 @@ export class LargeMap {
     const layout = this.#measure();
     const context = this.#canvas.getContext("2d");
     context.setTransform(layout.scale, 0, 0, layout.scale, 0, 0);
-    const [paper, ink, quiet, text, red] = ["--map-paper", "--map-ink", "--quiet", "--ink", "--cut"].map(colourOf);
+    const [paper, ink, quiet, text, red] = [
+      "--map-paper",
+      "--map-ink",
+      "--quiet",
+      "--ink",
+      "--cut",
+    ].map(colourOf);
     const css = (colour) => `rgb(${colour.join(" ")})`;
     context.clearRect(0, 0, layout.width, layout.height);
     const { left, top, cell } = layout;
@@ -79,7 +99,12 @@ export class LargeMap {
     if (this.#at) {
       context.strokeStyle = css(text);
       context.lineWidth = 2;
-      context.strokeRect(left + this.#at[1] * cell - 1, top + this.#at[0] * cell - 1, cell + 1, cell + 1);
+      context.strokeRect(
+        left + this.#at[1] * cell - 1,
+        top + this.#at[0] * cell - 1,
+        cell + 1,
+        cell + 1,
+      );
     }
     if (layout.isNamed) this.#names(context, layout, css(text), css(quiet));
   }
@@ -91,13 +116,25 @@ export class LargeMap {
     const room = Math.min(this.#element.clientWidth, 620);
     const isNamed = attention.numTokens <= MAX_NAMED && room / attention.numTokens > 9;
     const margin = isNamed ? Math.min(92, room * 0.24) : 2;
-    const cell = Math.max(Math.floor(((room - margin - 2) * scale) / attention.numTokens), 1) / scale;
+    const cell =
+      Math.max(Math.floor(((room - margin - 2) * scale) / attention.numTokens), 1) / scale;
     const side = cell * attention.numTokens;
-    const layout = { scale, left: margin, top: margin, cell, isNamed, width: margin + side + 2, height: margin + side + 2 };
+    const layout = {
+      scale,
+      left: margin,
+      top: margin,
+      cell,
+      isNamed,
+      width: margin + side + 2,
+      height: margin + side + 2,
+    };
     const [width, height] = [Math.round(layout.width * scale), Math.round(layout.height * scale)];
     if (this.#canvas.width !== width || this.#canvas.height !== height) {
       Object.assign(this.#canvas, { width, height });
-      Object.assign(this.#canvas.style, { width: `${layout.width}px`, height: `${layout.height}px` });
+      Object.assign(this.#canvas.style, {
+        width: `${layout.width}px`,
+        height: `${layout.height}px`,
+      });
     }
     this.#layout = layout;
     return layout;
@@ -157,7 +194,8 @@ export class LargeMap {
       ArrowUp: [Math.max(query - 1, 0), Math.min(key, Math.max(query - 1, 0))],
     }[event.key];
     if (target) this.#move(target);
-    else if ((event.key === "Enter" || event.key === " ") && this.#at) this.#events.toggleEdge(this.#at);
+    else if ((event.key === "Enter" || event.key === " ") && this.#at)
+      this.#events.toggleEdge(this.#at);
     else return;
     event.preventDefault();
   }
@@ -172,7 +210,8 @@ export class LargeMap {
   #say() {
     if (!this.#view) return;
     if (!this.#at) {
-      this.#said.textContent = "Rows look, columns are looked at. Click a cell to cut that glance in every layer and head; click a row's name to choose it.";
+      this.#said.textContent =
+        "Rows look, columns are looked at. Click a cell to cut that glance in every layer and head; click a row's name to choose it.";
       return;
     }
     const { attention, head, tokens, offEdges } = this.#view;

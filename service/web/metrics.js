@@ -19,7 +19,10 @@ export function parseMetrics(text) {
 /** What the tiles show: [name, value, unit or remark]; null where the server does not tell. */
 export function tilesOf(now, before, elapsedS) {
   const generated = now.get("vitrine_engine_generated_tokens_total");
-  const rate = before && generated !== undefined ? (generated - before.get("vitrine_engine_generated_tokens_total")) / elapsedS : undefined;
+  const rate =
+    before && generated !== undefined
+      ? (generated - before.get("vitrine_engine_generated_tokens_total")) / elapsedS
+      : undefined;
   const total = now.get("vitrine_kv_blocks_total");
   const used = now.get('vitrine_kv_blocks{state="referenced"}');
   const cached = now.get('vitrine_kv_blocks{state="cached"}');
@@ -27,7 +30,11 @@ export function tilesOf(now, before, elapsedS) {
     ["Tokens a second", rate === undefined ? null : Math.max(0, rate).toFixed(0), ""],
     ["In the batch", now.get("vitrine_engine_sequences_running") ?? null, ""],
     ["Waiting", now.get("vitrine_engine_sequences_waiting") ?? null, ""],
-    ["KV cache in use", total ? `${((used / total) * 100).toFixed(0)} %` : null, total ? `${((cached / total) * 100).toFixed(0)} % kept` : ""],
+    [
+      "KV cache in use",
+      total ? `${((used / total) * 100).toFixed(0)} %` : null,
+      total ? `${((cached / total) * 100).toFixed(0)} % kept` : "",
+    ],
   ];
 }
 
@@ -44,7 +51,9 @@ export function startTiles() {
     if (busy) return;
     busy = true;
     try {
-      const now = parseMetrics(await (await call("metrics", { quiet: true, signal: AbortSignal.timeout(4000) })).text());
+      const now = parseMetrics(
+        await (await call("metrics", { quiet: true, signal: AbortSignal.timeout(4000) })).text(),
+      );
       const at = performance.now();
       draw(list, tilesOf(now, before, (at - beforeAt) / 1000));
       [before, beforeAt] = [now, at];

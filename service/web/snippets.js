@@ -14,7 +14,9 @@ export function asCurl(state, base, { withKey }) {
 /** A Python program that prints the same text as it comes, with httpx. */
 export function asPython(state, base, { withKey }) {
   const body = generateBody(state, { seed: state.seed || state.drawn, indent: 4 });
-  const headers = withKey ? `headers = {"authorization": f"Bearer {os.environ['${KEY_VARIABLE}']}"}\n` : "";
+  const headers = withKey
+    ? `headers = {"authorization": f"Bearer {os.environ['${KEY_VARIABLE}']}"}\n`
+    : "";
   return `import json
 ${withKey ? "import os\n" : ""}
 import httpx

@@ -4,13 +4,41 @@
 /** Sampling fields of POST /generate, with the bounds that the interface documents. */
 export const PARAMETERS = {
   max_tokens: { label: "Tokens at most", initial: 96, min: 1, max: null, step: 1 },
-  temperature: { label: "Temperature", initial: 0.8, min: 0, max: 2, step: 0.05, hint: "0: always the likeliest" },
+  temperature: {
+    label: "Temperature",
+    initial: 0.8,
+    min: 0,
+    max: 2,
+    step: 0.05,
+    hint: "0: always the likeliest",
+  },
   top_k: { label: "Top k", initial: 0, min: 0, max: null, step: 1, hint: "0: off" },
   top_p: { label: "Top p", initial: 1, min: 0.01, max: 1, step: 0.01, hint: "1: off" },
   min_p: { label: "Min p", initial: 0, min: 0, max: 0.99, step: 0.01, hint: "0: off" },
-  repetition_penalty: { label: "Repetition penalty", initial: 1, min: 0.01, max: 2, step: 0.01, hint: "1: off" },
-  presence_penalty: { label: "Presence penalty", initial: 0, min: -2, max: 2, step: 0.1, hint: "0: off" },
-  frequency_penalty: { label: "Frequency penalty", initial: 0, min: -2, max: 2, step: 0.1, hint: "0: off" },
+  repetition_penalty: {
+    label: "Repetition penalty",
+    initial: 1,
+    min: 0.01,
+    max: 2,
+    step: 0.01,
+    hint: "1: off",
+  },
+  presence_penalty: {
+    label: "Presence penalty",
+    initial: 0,
+    min: -2,
+    max: 2,
+    step: 0.1,
+    hint: "0: off",
+  },
+  frequency_penalty: {
+    label: "Frequency penalty",
+    initial: 0,
+    min: -2,
+    max: 2,
+    step: 0.1,
+    hint: "0: off",
+  },
 };
 
 /** A new view. `seed` is the one asked for ("": the server draws), `drawn` the one it drew; both
@@ -18,7 +46,9 @@ export const PARAMETERS = {
 export function initialState() {
   return {
     prompt: "",
-    parameters: Object.fromEntries(Object.entries(PARAMETERS).map(([name, one]) => [name, one.initial])),
+    parameters: Object.fromEntries(
+      Object.entries(PARAMETERS).map(([name, one]) => [name, one.initial]),
+    ),
     seed: "",
     drawn: "",
     shown: "", // "text": it was continued; "prompt": it was looked into as it is
@@ -33,7 +63,11 @@ export function initialState() {
 
 const isCount = (text) => /^\d{1,9}$/.test(text);
 const pairs = (text) =>
-  text.split(",").map((pair) => pair.split(".")).filter((pair) => pair.length === 2 && pair.every(isCount)).map((pair) => pair.map(Number));
+  text
+    .split(",")
+    .map((pair) => pair.split("."))
+    .filter((pair) => pair.length === 2 && pair.every(isCount))
+    .map((pair) => pair.map(Number));
 const joined = (list) => list.map((pair) => pair.join(".")).join(",");
 
 /** The fragment of a view, without the #. What is as usual is left out. */
@@ -60,12 +94,15 @@ export function fromFragment(fragment) {
   state.prompt = words.get("prompt") ?? "";
   for (const name of Object.keys(PARAMETERS)) {
     const text = words.get(name);
-    if (text !== null && text.trim() !== "" && Number.isFinite(Number(text))) state.parameters[name] = Number(text);
+    if (text !== null && text.trim() !== "" && Number.isFinite(Number(text)))
+      state.parameters[name] = Number(text);
   }
-  for (const name of ["seed", "drawn"]) if (/^\d{1,19}$/.test(words.get(name) ?? "")) state[name] = words.get(name);
+  for (const name of ["seed", "drawn"])
+    if (/^\d{1,19}$/.test(words.get(name) ?? "")) state[name] = words.get(name);
   if (["text", "prompt"].includes(words.get("shown"))) state.shown = words.get("shown");
   if (words.get("look") === "for") state.look = "for";
-  for (const name of ["token", "upto"]) if (isCount(words.get(name) ?? "")) state[name] = Number(words.get(name));
+  for (const name of ["token", "upto"])
+    if (isCount(words.get(name) ?? "")) state[name] = Number(words.get(name));
   state.head = pairs(words.get("head") ?? "")[0] ?? null;
   state.offHeads = pairs(words.get("off") ?? "").slice(0, 64);
   state.offEdges = pairs(words.get("cut") ?? "").slice(0, 256);
@@ -82,7 +119,9 @@ export function generateBody(state, { seed = state.seed, extra = {}, indent = un
   Object.assign(body, extra);
   const text = JSON.stringify(body, null, indent);
   if (!seed) return text;
-  return indent ? `${text.slice(0, -2)},\n${" ".repeat(indent)}"seed": ${seed}\n}` : `${text.slice(0, -1)},"seed":${seed}}`;
+  return indent
+    ? `${text.slice(0, -2)},\n${" ".repeat(indent)}"seed": ${seed}\n}`
+    : `${text.slice(0, -1)},"seed":${seed}}`;
 }
 
 /** `list` with `pair` in it if it was not, and without it if it was. */

@@ -21,7 +21,8 @@ export class TokenView {
     list.addEventListener("click", (event) => this.#clicked(event));
     list.addEventListener("keydown", (event) => this.#key(event));
     list.addEventListener("focus", () => {
-      if (this.#active === null && list.matches(":focus-visible")) this.#setActive(this.#chosen ?? this.#firstNew());
+      if (this.#active === null && list.matches(":focus-visible"))
+        this.#setActive(this.#chosen ?? this.#firstNew());
     });
     list.addEventListener("blur", () => this.#setActive(null));
   }
@@ -36,7 +37,9 @@ export class TokenView {
   /** Keep a token chosen, or none. */
   choose(position) {
     this.#chosen = position !== null && position < this.#tokens.length ? position : null;
-    this.#elements.forEach((element, i) => element.setAttribute("aria-selected", String(i === this.#chosen)));
+    this.#elements.forEach((element, i) =>
+      element.setAttribute("aria-selected", String(i === this.#chosen)),
+    );
   }
 
   /** Shade by attention: `weights[key]` for the row of `query`; null: by probability again. */
@@ -46,7 +49,10 @@ export class TokenView {
     this.#elements.forEach((element, i) => {
       element.classList.toggle("query", Boolean(weights) && i === query);
       element.classList.toggle("cut", cut.includes(i));
-      element.style.setProperty("--weight", weights ? `${(strength((weights[i] ?? 0) / strongest) * 100).toFixed(1)}%` : "0%");
+      element.style.setProperty(
+        "--weight",
+        weights ? `${(strength((weights[i] ?? 0) / strongest) * 100).toFixed(1)}%` : "0%",
+      );
     });
   }
 
@@ -58,7 +64,14 @@ export class TokenView {
     const token = this.#tokens[position];
     const element = h(
       "span",
-      { role: "option", id: `token-${position}`, class: classOf(token), "aria-selected": "false", "aria-label": labelOf(token), "data-position": position },
+      {
+        role: "option",
+        id: `token-${position}`,
+        class: classOf(token),
+        "aria-selected": "false",
+        "aria-label": labelOf(token),
+        "data-position": position,
+      },
       ...inkOf(token),
     );
     if (position === this.#chosen) element.setAttribute("aria-selected", "true");
@@ -91,7 +104,8 @@ export class TokenView {
       End: last,
     }[event.key];
     if (target !== undefined) this.#setActive(target);
-    else if (event.key === "Enter" || event.key === " ") this.#events.choose(at === this.#chosen ? null : at);
+    else if (event.key === "Enter" || event.key === " ")
+      this.#events.choose(at === this.#chosen ? null : at);
     else return;
     event.preventDefault();
   }
@@ -145,21 +159,42 @@ function positionOf(target) {
 
 function classOf(token) {
   const classes = ["token", token.isPrompt ? "given" : "new"];
-  if (token.logprob !== null && token.logprob !== undefined) classes.push(`shade-${shadeOf(Math.exp(token.logprob))}`);
+  if (token.logprob !== null && token.logprob !== undefined)
+    classes.push(`shade-${shadeOf(Math.exp(token.logprob))}`);
   if (token.isSpecial) classes.push("special");
   return classes.join(" ");
 }
 
 function labelOf(token) {
-  const chance = token.logprob === null || token.logprob === undefined ? "" : `, ${percent(Math.exp(token.logprob))}`;
+  const chance =
+    token.logprob === null || token.logprob === undefined
+      ? ""
+      : `, ${percent(Math.exp(token.logprob))}`;
   return `${shown(token.name)}${token.isPrompt ? ", given" : ""}${chance}`;
 }
 
 /** The key to the shades. */
 export function drawLegend(element) {
-  const steps = [...PROBABILITY_STEPS.map((bound) => `≥ ${bound * 100} %`), `< ${PROBABILITY_STEPS.at(-1) * 100} %`];
+  const steps = [
+    ...PROBABILITY_STEPS.map((bound) => `≥ ${bound * 100} %`),
+    `< ${PROBABILITY_STEPS.at(-1) * 100} %`,
+  ];
   element.replaceChildren(
-    h("span", { class: "legend-probability" }, h("span", { class: "quiet" }, "How likely it was "), ...steps.map((text, i) => h("span", { class: `token new shade-${i}` }, h("span", { class: "ink" }, text)))),
-    h("span", { class: "legend-attention" }, h("span", { class: "quiet" }, "Attention, none to most "), h("span", { class: "ramp" }), h("span", { class: "quiet" }, " from "), h("span", { class: "token query" }, h("span", { class: "ink" }, "here"))),
+    h(
+      "span",
+      { class: "legend-probability" },
+      h("span", { class: "quiet" }, "How likely it was "),
+      ...steps.map((text, i) =>
+        h("span", { class: `token new shade-${i}` }, h("span", { class: "ink" }, text)),
+      ),
+    ),
+    h(
+      "span",
+      { class: "legend-attention" },
+      h("span", { class: "quiet" }, "Attention, none to most "),
+      h("span", { class: "ramp" }),
+      h("span", { class: "quiet" }, " from "),
+      h("span", { class: "token query" }, h("span", { class: "ink" }, "here")),
+    ),
   );
 }
