@@ -13,8 +13,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
+
+from model.config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """Sequences of a batch whose last query somebody wants to follow (model/explain/attended.py).
+
+    The forward puts row i of `queries` where sequence seqs[i] of the batch looks from: normed,
+    turned to its position and divided by sqrt(head_dim), in every layer.
+    """
+
+    seqs: tuple[int, ...]
+    queries: Float[Tensor, "num_watched num_layers num_heads head_dim"]
+
+    @classmethod
+    def over(cls, seqs: tuple[int, ...], config: ModelConfig, device: torch.device) -> Watch:
+        """With room for the queries of `seqs`, which are numbers of sequences in a batch."""
+        shape = (len(seqs), config.num_layers, config.num_heads, config.head_dim)
+        return cls(seqs, torch.empty(shape, dtype=torch.float32, device=device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +56,7 @@ class ForwardBatch:
     logits_rows: Int[Tensor, " num_logits"]  # the rows whose logits are wanted
     query_start_host: tuple[int, ...]
     context_lens_host: tuple[int, ...]
+    watch: Watch | None = None
 
     @property
     def num_seqs(self) -> int:

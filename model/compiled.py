@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 
 from model.batch import ForwardBatch
 from model.config import ModelConfig
-from model.forward import Heartbeat
+from model.explain.attended import Attended, ChosenHead
+from model.forward import Heartbeat, watched
 from model.kernels import native, structs
+from model.kernels.attended import attended
 from model.kernels.native import LANES
 from model.kernels.packing import PANEL_OUTPUTS, PackedLinear, WeightKind, pack
 from model.kv_cache import KVCache
@@ -148,10 +151,17 @@ class CompiledForward:
                 "panels", threads, PANEL_OUTPUTS * widest, torch.bfloat16
             )
             step.panels = panels.data_ptr()
+        if batch.watch is not None:
+            rows_of = torch.full((batch.num_seqs,), -1, dtype=torch.int64)
+            rows_of[list(batch.watch.seqs)] = torch.arange(len(batch.watch.seqs))
+            step.watched, step.queries = rows_of.data_ptr(), batch.watch.queries.data_ptr()
         logits = self._scratch.at_least("logits", num_logits, config.vocab_size, torch.float32)
         step.logits = logits.data_ptr()
         self._library.vitrine_forward(ctypes.byref(self._struct), ctypes.byref(step))
         return logits
+
+    def attended(self, batch: ForwardBatch, chosen: Sequence[ChosenHead]) -> Attended:
+        return attended(self._struct, batch, watched(batch), chosen)
 
     def _layer(self, block: nn.Module, layer: int) -> structs.Layer:
         if not isinstance(block, Block):

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from model.batch import ForwardBatch
+from model.kv_cache import KVCache
 from model.positions import RotaryPositions
 
 if TYPE_CHECKING:
@@ -32,6 +33,10 @@ class AttentionStep(Protocol):
 
 
 class AttentionBackend(Protocol):
-    """Makes an `AttentionStep` for a batch: per-step work that all layers share."""
+    """Attention over a cache. Makes an `AttentionStep` for a batch: per-step work that all layers
+    share."""
+
+    @property
+    def cache(self) -> KVCache: ...
 
     def begin(self, batch: ForwardBatch) -> AttentionStep: ...

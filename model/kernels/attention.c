@@ -192,6 +192,13 @@ static void write_cache(const Model *m, const Layer *l, const Step *s, int64_t t
            (size_t)(d * width));
 }
 
+/* Somebody wants to know where this query looks (attended.c). */
+static void keep_query(const Model *m, const Layer *l, const Step *s, int64_t row, int64_t head,
+                       const float *q) {
+    const int64_t at = (row * m->num_layers + (l - m->layers)) * m->num_heads + head;
+    memcpy(s->queries + at * m->head_dim, q, (size_t)m->head_dim * sizeof *q);
+}
+
 /* The queries of a job that use one KV head. */
 static void attend(const Model *m, const Layer *l, const Step *s, const int64_t *job,
                    int64_t head) {
@@ -213,6 +220,8 @@ static void attend(const Model *m, const Layer *l, const Step *s, const int64_t 
             prepare_head(m, s, s->qkv, at[r] + token * 2 * m->num_kv_heads * d, l->query_norm, token,
                          q + r * d);
             for (int64_t i = 0; i < d; i++) q[r * d + i] *= m->scale;
+            if (s->watched && s->watched[seq] >= 0 && token + 1 == s->query_start[seq + 1])
+                keep_query(m, l, s, s->watched[seq], query, q + r * d);
         }
         if (count == ROWS_MAX)
             attend_four(m, head, l->keys, l->values, table, q, first, limit, mixed);

@@ -64,8 +64,24 @@ typedef struct {
     void *normed, *qkv, *mixed, *gated; /* scratch, (num_tokens, ...) each */
     void *panels;                       /* INT8: scratch, (num_threads, 64 max in_features) bf16 */
     float *logits;                      /* (num_logits, vocab_size) */
+    const int64_t *watched;             /* (num_seqs): whose last query is kept, as which row of */
+    float *queries;                     /* (rows, num_layers, num_heads, head_dim); -1: not; NULL */
     void (*heartbeat)(void);            /* called between layers now and then, or NULL */
 } Step;
+
+/* Where watched rows looked (attended.c). Rows of weights are `stride` apart: the longest context,
+ * rounded up to whole blocks. */
+typedef struct {
+    int64_t num_threads, num_rows, num_chosen, stride, max_blocks;
+    const float *queries;    /* (num_rows, num_layers, num_heads, head_dim), scaled */
+    const int64_t *contexts; /* (num_rows): keys that a row's query sees */
+    const int64_t *tables;   /* (num_rows, max_blocks) */
+    const int64_t *chosen;   /* (num_chosen, 3): row, layer, head */
+    float *partial;          /* scratch, (num_rows, num_layers, stride) */
+    float *weights;          /* scratch, (num_threads, stride) */
+    float *mean;             /* (num_rows, stride): over all layers and heads */
+    float *heads;            /* (num_chosen, stride), zeros before */
+} Watch;
 
 /* Where a product goes. */
 typedef struct {

@@ -9,6 +9,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+import msgspec
+
 from model.sampling import SampledTokens
 from service.engine.grammars import GrammarQueue
 from service.engine.guests import Begin
@@ -19,6 +21,7 @@ from service.engine.recorder import Recorder
 from service.engine.runner import Runner
 from service.engine.scheduler import Scheduled, Scheduler
 from service.engine.sequence import Sequence
+from service.engine.sights import Sights
 from service.grammars import MISSING, GrammarError
 
 # How long a step that has nothing to run waits for a grammar.
@@ -61,6 +64,7 @@ class EngineCore:
             sampling=request.sampling,
             priority=request.priority,
             arrived_at=time.monotonic(),
+            explain=request.explain,
         )
         self.sequences[request.id] = sequence
         spec = request.sampling.grammar
@@ -162,15 +166,17 @@ class EngineCore:
         if self.recorder is not None:
             self.recorder.begin([item.sequence.id for item in scheduled])
         try:
-            sampled = self.runner.run(scheduled, self.last_step)
+            sampled, sights = self.runner.run(scheduled, self.last_step)
         except Exception as error:  # noqa: BLE001 - whatever it is, it must cost one sequence only
             if len(scheduled) > 1:
                 middle = len(scheduled) // 2
                 return self._run(scheduled[:middle]) + self._run(scheduled[middle:])
             return [self._fail(scheduled[0].sequence, f"{type(error).__name__}: {error}")]
-        return self._book(scheduled, sampled)
+        return self._book(scheduled, sampled, sights)
 
-    def _book(self, scheduled: list[Scheduled], sampled: SampledTokens) -> list[SequenceOutput]:
+    def _book(
+        self, scheduled: list[Scheduled], sampled: SampledTokens, sights: Sights
+    ) -> list[SequenceOutput]:
         token_ids = sampled.token_ids.tolist()
         outputs = []
         row = 0
@@ -187,12 +193,17 @@ class EngineCore:
             else:
                 chosen = sampled.logprobs[row] if sampled.logprobs is not None else None
                 logprob = None if chosen is None else TokenLogprob(*chosen[:3], list(chosen.top))
-                outputs.append(self._append(sequence, token_ids[row], logprob))
+                seen = sights.get(sequence.id)
+                outputs.append(self._append(sequence, token_ids[row], logprob, seen))
             row += 1
         return outputs
 
     def _append(
-        self, sequence: Sequence, token_id: int, logprob: TokenLogprob | None
+        self,
+        sequence: Sequence,
+        token_id: int,
+        logprob: TokenLogprob | None,
+        seen: msgspec.Raw | None,
     ) -> SequenceOutput:
         first = sequence.num_output == 0
         matcher = sequence.matcher
@@ -224,6 +235,7 @@ class EngineCore:
             cached_prompt_tokens=sequence.cached_prompt_tokens or 0,
             queue_s=started - sequence.arrived_at if first else 0.0,
             prefill_s=time.monotonic() - started if first else 0.0,
+            explained=None if seen is None else [seen],
         )
 
     def _fail(self, sequence: Sequence, reason: str) -> SequenceOutput:

@@ -1,26 +1,28 @@
 """When a guest's piece of work may lie between two steps that streams wait for.
 
 A guest is work that nobody streams: an explanation. Beside running streams it may neither take
-their throughput nor make the longest of their gaps longer. Both are held by measured times:
+their throughput nor make the longest of their gaps longer. Both are held by measured times, as
+two credits that fill with every gap:
 
-- a credit: SHARE of the time that passes is the guest's, so streams lose that much at most;
-- the fit: a piece goes in only when the step that comes, with the piece before it, stays within
-  ROOM times the 99th percentile of the gaps as they are without guests.
+- time: SHARE of it is the guest's, so streams lose that much at most;
+- risk: a piece makes one gap longer. How likely it is that this gap then is one of the longest,
+  more than ROOM times the 99th percentile, is read from the last gaps as they were without
+  guests, and settled when the gap is over. One gap in RARE may become so: too few to move the
+  percentile itself.
 
-Where gaps are so even that no piece ever fits, one goes in every RARE gaps: too few for the 99th
-percentile to move, and the guest still gets to its end.
+Where a piece never fits, its risk is 1, and it waits RARE gaps; in the gap that it then spoils, more
+pieces cost no more risk, and it takes the time that was saved: the guest still gets to its end.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right, insort
 from collections import deque
-from statistics import median
 
 SHARE = 0.05
 ROOM = 1.05
-RARE = 256
-NUM_GAPS = 128
-NUM_STEPS = 16  # what the next step will take is the median of so many
+RARE = 1024
+NUM_GAPS = 256
 NUM_PIECES = 8
 FEWEST_GAPS = 32  # fewer say nothing of a 99th percentile
 MOST_CREDIT_S = 0.05
@@ -30,26 +32,35 @@ class GuestPace:
     """Told of every gap between steps and of every piece; says when the next piece may run."""
 
     def __init__(self) -> None:
-        self._gaps_s: deque[float] = deque(maxlen=NUM_GAPS)  # without the guest's part
+        self._gaps_s: deque[float] = deque()  # without the guest's part
+        self._ordered_s: list[float] = []  # the same by length
+        self._longest_s = 0.0  # a longer gap is one that no stream would have without guests
         self._pieces_s: deque[float] = deque(maxlen=NUM_PIECES)
-        self._credit_s = 0.0
+        self._time_s = 0.0  # credits
+        self._risk = 0.0
         self._guest_s = 0.0  # in the gap that runs
-        self._since_misfit = 0  # gaps
+        self._staked = 0.0  # of the risk, in it
 
     def stepped(self, gap_s: float) -> None:
         """A step ended, `gap_s` after the one before it, pieces between them included."""
-        self._gaps_s.append(max(0.0, gap_s - self._guest_s))
-        self._guest_s = 0.0
-        self._since_misfit += 1
-        self._credit_s = min(MOST_CREDIT_S, self._credit_s + SHARE * gap_s)
+        own_s = max(0.0, gap_s - self._guest_s)
+        if self._guest_s:
+            has_spoilt = own_s <= self._longest_s < gap_s
+            self._risk += self._staked - has_spoilt
+        self._remember(own_s)
+        self._guest_s = self._staked = 0.0
+        self._time_s = min(MOST_CREDIT_S, self._time_s + SHARE * gap_s)
+        self._risk = min(1.0, self._risk + 1 / RARE)
 
     def worked(self, seconds: float) -> None:
         """A piece ran between steps."""
+        before = self._risk_of(self._guest_s)
         self._guest_s += seconds
+        stake = self._risk_of(self._guest_s) - before
+        self._staked += stake
+        self._risk -= stake
+        self._time_s -= seconds
         self.learn(seconds)
-        if not self._fits(0.0):
-            self._since_misfit = 0
-        self._credit_s -= seconds
 
     def learn(self, seconds: float) -> None:
         """A piece took so long, with no stream to wait for it."""
@@ -58,21 +69,27 @@ class GuestPace:
     @property
     def allows_piece(self) -> bool:
         """Whether one may run now, before the next step."""
-        piece_s = self._next_piece_s
-        if self._credit_s < piece_s:
+        if not self._pieces_s:
+            return self._risk >= 1.0
+        # The second longest of the last: one that the system interrupted counts for nothing.
+        piece_s = sorted(self._pieces_s)[-2:][0]
+        if self._time_s < min(piece_s, MOST_CREDIT_S):
             return False
-        return self._since_misfit >= RARE or (bool(self._pieces_s) and self._fits(piece_s))
+        risk = self._risk_of(self._guest_s + piece_s) - self._risk_of(self._guest_s)
+        return risk <= max(0.0, self._risk)
 
-    @property
-    def _next_piece_s(self) -> float:
-        """The second longest of the last: one that the system interrupted counts for nothing."""
-        longest = sorted(self._pieces_s)
-        return longest[-2] if len(longest) > 1 else sum(longest)
+    def _remember(self, gap_s: float) -> None:
+        self._gaps_s.append(gap_s)
+        insort(self._ordered_s, gap_s)
+        if len(self._gaps_s) > NUM_GAPS:
+            del self._ordered_s[bisect_left(self._ordered_s, self._gaps_s.popleft())]
+        self._longest_s = ROOM * self._ordered_s[int(0.99 * (len(self._ordered_s) - 1))]
 
-    def _fits(self, piece_s: float) -> bool:
+    def _risk_of(self, guest_s: float) -> float:
+        """How likely a gap with so much of a guest in it is one of the longest."""
+        if guest_s == 0.0:
+            return 0.0
         if len(self._gaps_s) < FEWEST_GAPS:
-            return False
-        ordered = sorted(self._gaps_s)
-        longest = ordered[int(0.99 * (len(ordered) - 1))]
-        step_s = median(list(self._gaps_s)[-NUM_STEPS:])
-        return step_s + self._guest_s + piece_s <= ROOM * longest
+            return 1.0
+        num_fitting = bisect_right(self._ordered_s, self._longest_s - guest_s)
+        return 1.0 - num_fitting / len(self._ordered_s)

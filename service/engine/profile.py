@@ -16,12 +16,13 @@ class StepProfile:
     build_s: float = 0.0  # batch and sampling parameters as tensors
     forward_s: float = 0.0  # embedding to logits
     sample_s: float = 0.0  # logits to tokens
+    look_s: float = 0.0  # what tokens looked at, for streams that tell
     step_s: float = 0.0  # all of it
 
     @property
     def host_s(self) -> float:
         """What the engine adds to the model's own work."""
-        return self.step_s - self.forward_s - self.sample_s
+        return self.step_s - self.forward_s - self.sample_s - self.look_s
 
     @property
     def book_s(self) -> float:

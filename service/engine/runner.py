@@ -19,6 +19,7 @@ from model.token_mask import TokenMask
 from service.engine.profile import StepProfile
 from service.engine.scheduler import Scheduled
 from service.engine.sequence import Sequence
+from service.engine.sights import NOTHING_SEEN, Sights, look, watching
 
 NOTHING_SAMPLED = SampledTokens(torch.empty(0, dtype=torch.int64))
 
@@ -39,19 +40,21 @@ class Runner:
     heartbeat: Callable[[int], None] | None = None
 
     @torch.inference_mode()
-    def run(self, step: list[Scheduled], profile: StepProfile) -> SampledTokens:
-        """One forward and one draw. Row i of the result belongs to the i-th item of `step`
-        that samples. The time each part took is added to `profile`."""
+    def run(self, step: list[Scheduled], profile: StepProfile) -> tuple[SampledTokens, Sights]:
+        """One forward and one draw. Row i of the tokens belongs to the i-th item of `step`
+        that samples; beside them, what those saw that explain themselves. The time each part
+        took is added to `profile`."""
         began = time.monotonic()
         batch = build_batch(step, self.block_size, self.padding, self.device)
-        sampled = [item.sequence for item in step if item.samples]
-        rows = [_sampling_row(sequence) for sequence in sampled]
+        batch = watching(batch, step, self.config, self.device)
+        drawing = [item.sequence for item in step if item.samples]
+        rows = [_sampling_row(sequence) for sequence in drawing]
         sampling = SamplingBatch.build(
             rows,
             self.config.vocab_size,
             self.device,
             self.eos_token_ids,
-            build_mask(sampled, self.device),
+            build_mask(drawing, self.device),
         )
         built = time.monotonic()
         profile.build_s += built - began
@@ -62,10 +65,13 @@ class Runner:
         forwarded = time.monotonic()
         profile.forward_s += forwarded - built
         if not rows:
-            return NOTHING_SAMPLED
+            return NOTHING_SAMPLED, NOTHING_SEEN
         tokens = sample(logits, sampling)
-        profile.sample_s += time.monotonic() - forwarded
-        return tokens
+        sampled = time.monotonic()
+        profile.sample_s += sampled - forwarded
+        sights = look(self.forward, batch, step, self.config)
+        profile.look_s += time.monotonic() - sampled
+        return tokens, sights
 
 
 def _sampling_row(sequence: Sequence) -> SamplingRow:

@@ -36,6 +36,7 @@ class Sequence:
     cached_prompt_tokens: int | None = None  # None until first admitted
     arrived_at: float = 0.0
     started_at: float | None = None
+    explain: list[tuple[int, int]] | None = None  # see `Submit`
     matcher: TextMatcher | None = None  # where the output stands in its grammar
 
     @property

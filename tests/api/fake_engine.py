@@ -7,8 +7,12 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import msgspec
+
 from service.client import EngineState
+from service.engine.explain_messages import Attended, Explained, ExplainPart, ExplainWish
 from service.engine.messages import EngineStats, ModelInfo, SequenceOutput, TokenLogprob
+from service.explanations import Explanation, Explanations
 from service.health import EngineHealth
 from service.journal import SequenceRequest
 
@@ -86,8 +90,16 @@ class FakeStream:
             cached_prompt_tokens=1,
             queue_s=queue_s,
             prefill_s=prefill_s,
+            explained=self._explained(len(ids)),
         )
         self._tell()
+
+    def _explained(self, count: int) -> list[msgspec.Raw] | None:
+        """Every token looked at position 0, and each head at its own number."""
+        if (heads := self.request.explain) is None:
+            return None
+        one = Attended([(0, 0.75), (1, 0.25)], [[(head, 1.0)] for _, head in heads])
+        return [msgspec.Raw(msgspec.msgpack.encode(one))] * count
 
     def fail(self, error: Exception) -> None:
         self._pending = error
@@ -147,6 +159,7 @@ def stay_silent(stream: FakeStream) -> None:
 
 class FakeEngine:
     def __init__(self, script: Script = stay_silent) -> None:
+        self.sent_to_guest: list[object] = []
         self.script = script
         self.info: ModelInfo | None = INFO
         self.stats = EngineStats(num_running=3, total_blocks=64, free_blocks=60, cached_blocks=4)
@@ -155,6 +168,8 @@ class FakeEngine:
         self.refuse: Exception | None = None
         self.streams: list[FakeStream] = []
         self.requests: list[SequenceRequest] = []
+        self.guests = Explanations(self.sent_to_guest.append)
+        self.guests.engine_ready()
 
     @property
     def health(self) -> EngineHealth:
@@ -169,3 +184,15 @@ class FakeEngine:
         for stream in streams:
             self.script(stream)
         return streams
+
+    def explain(self, token_ids: list[int], wish: ExplainWish, timeout_s: float) -> Explanation:
+        if self.refuse is not None:
+            raise self.refuse
+        return self.guests.add(token_ids, wish)
+
+    def answer(self, message: Explained | ExplainPart) -> None:
+        """What the real engine would say of an explanation."""
+        if isinstance(message, ExplainPart):
+            self.guests.take_part(message)
+        else:
+            self.guests.take_answer(message)

@@ -20,7 +20,9 @@ def main(march: str, folder: str) -> int:
     os.environ["XDG_CACHE_HOME"] = folder
     native.FLAGS = tuple(flag.replace("=native", f"={march}") for flag in native.FLAGS)
     options = ["-q", "-m", "not slow", "-p", "no:cacheprovider"]
-    return int(pytest.main([*options, "tests/model/test_compiled.py"]))
+    return int(
+        pytest.main([*options, "tests/model/test_compiled.py", "tests/model/test_attended.py"])
+    )
 
 
 if __name__ == "__main__":

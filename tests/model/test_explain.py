@@ -235,7 +235,7 @@ def test_only_what_is_wanted_is_kept() -> None:
     with pytest.raises(ExplainError, match="attention of layer 0 was not kept"):
         little.weights(0)
     with pytest.raises(ExplainError, match="every position"):
-        token_scores(little)
+        token_scores(little, range(1, 40))
     with pytest.raises(ExplainError, match=r"layers \[0, 3\] were asked for of 3"):
         run(record(model, ids, attention_layers=(0, 3)))
 
@@ -243,14 +243,15 @@ def test_only_what_is_wanted_is_kept() -> None:
 def test_token_scores_are_log_probabilities_and_ranks() -> None:
     model, ids = random_model(TINY), text(20)
     recording = recorded(model, ids)
-    scores = token_scores(recording)
-    assert scores[0] is None
+    scores = token_scores(recording, range(1, 15)) + token_scores(recording, range(15, 99))
+    assert len(scores) == 19
     distribution = torch.log_softmax(recording.logits, dim=-1)
-    for position, score in enumerate(scores[1:], start=1):
-        assert score is not None
+    for position, score in enumerate(scores, start=1):
         assert score.logprob == pytest.approx(float(distribution[position - 1, ids[position]]))
         order = recording.logits[position - 1].argsort(descending=True).tolist()
         assert order[score.rank - 1] == ids[position]
+    with pytest.raises(ExplainError, match="token 0 was asked for"):
+        token_scores(recording, range(3))
 
 
 @torch.inference_mode()

@@ -1,0 +1,199 @@
+"""Where watched queries looked: compiled code, its PyTorch twin and whole recordings agree."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.batch import ForwardBatch, Watch, single_sequence
+from model.compiled import CompiledForward
+from model.config import ModelConfig
+from model.explain.attended import Attended, Glance, chosen_heads, glances
+from model.explain.recording import ExplainError
+from model.forward import EagerForward, Forward
+from model.kv_cache import KVCache
+from tests.engine.engines import TINY_COMPILED, TINY_GPT2, eager_forward, random_model
+from tests.model.explaining import recorded
+
+CPU = torch.device("cpu")
+SHAPES = [
+    dataclasses.replace(TINY_COMPILED, sliding_windows=(None, 40, None)),
+    dataclasses.replace(TINY_COMPILED, num_heads=6, num_kv_heads=2, qk_norm=False, head_dim=32),
+    TINY_GPT2,
+]
+BOUND = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Company:
+    """Sequences of a step: `texts`, of which the last `new[i]` tokens are computed in it."""
+
+    texts: list[list[int]]
+    new: list[int]
+    tables: list[list[int]]
+    block_size: int
+
+    def run(self, forward: Forward, config: ModelConfig, watched: tuple[int, ...]) -> ForwardBatch:
+        """What is before, sequence by sequence, and then the step."""
+        for text, new, table in zip(self.texts, self.new, self.tables, strict=True):
+            if len(text) > new:
+                before = text[: len(text) - new]
+                forward(single_sequence(before, block_table=table, block_size=self.block_size))
+        parts = [
+            single_sequence(
+                text[len(text) - new :],
+                start=len(text) - new,
+                block_table=table,
+                block_size=self.block_size,
+            )
+            for text, new, table in zip(self.texts, self.new, self.tables, strict=True)
+        ]
+        starts = [0]
+        for new in self.new:
+            starts.append(starts[-1] + new)
+        widest = max(len(table) for table in self.tables)
+        contexts = [len(text) for text in self.texts]
+        batch = ForwardBatch(
+            input_ids=torch.cat([part.input_ids for part in parts]),
+            positions=torch.cat([part.positions for part in parts]),
+            query_start=torch.tensor(starts),
+            context_lens=torch.tensor(contexts),
+            block_tables=torch.tensor([t + [0] * (widest - len(t)) for t in self.tables]),
+            slot_mapping=torch.cat([part.slot_mapping for part in parts]),
+            logits_rows=torch.tensor([start - 1 for start in starts[1:]]),
+            query_start_host=tuple(starts),
+            context_lens_host=tuple(contexts),
+            watch=Watch.over(watched, config, CPU) if watched else None,
+        )
+        forward(batch)
+        return batch
+
+
+@st.composite
+def companies(draw: st.DrawFn) -> Company:
+    block_size = draw(st.sampled_from([16, 32, 64]))
+    lengths = draw(st.lists(st.integers(1, 150), min_size=1, max_size=4))
+    new = [draw(st.sampled_from([1, 1, length, (length + 1) // 2])) for length in lengths]
+    seed = draw(st.integers(0, 1000))
+    generator = torch.Generator().manual_seed(seed)
+    texts = [torch.randint(211, (length,), generator=generator).tolist() for length in lengths]
+    blocks = [-(-length // block_size) for length in lengths]
+    order = torch.randperm(sum(blocks), generator=generator).tolist()
+    tables = [[order.pop() for _ in range(count)] for count in blocks]
+    return Company(texts, new, tables, block_size)
+
+
+@given(
+    shape=st.sampled_from(SHAPES),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    company=companies(),
+    data=st.data(),
+)
+@settings(max_examples=60, deadline=None)
+@torch.inference_mode()
+def test_compiled_code_its_twin_and_recordings_agree(
+    shape: ModelConfig, dtype: torch.dtype, company: Company, data: st.DataObject
+) -> None:
+    model = random_model(shape)
+    for parameter in model.parameters():
+        parameter.mul_(0.5 if parameter.dim() == 2 else 1.0)
+    model = model.to(dtype)
+    everyone = list(range(len(company.texts)))
+    watched = tuple(data.draw(st.lists(st.sampled_from(everyone), min_size=1, unique=True)))
+    head = st.tuples(st.integers(0, shape.num_layers - 1), st.integers(0, shape.num_heads - 1))
+    heads = [data.draw(st.lists(head, max_size=3)) for _ in watched]
+    chosen = chosen_heads(shape, heads)
+    seen: list[Attended] = []
+    for compiled in (False, True):
+        num_blocks = sum(len(table) for table in company.tables)
+        cache = KVCache.allocate(
+            shape, num_blocks=num_blocks, block_size=company.block_size, dtype=dtype
+        )
+        forward: Forward = eager_forward(model, cache)
+        if compiled:
+            forward = CompiledForward(copy.deepcopy(model), cache)
+        batch = company.run(forward, shape, watched)
+        seen.append(forward.attended(batch, chosen))
+        assert (seen[-1].mean.sum(dim=1) - 1).abs().max() <= 1e-4
+    for row, seq in enumerate(watched):
+        attention = recorded(model, company.texts[seq]).attention[:, :, -1]
+        context = len(company.texts[seq])
+        for attended in seen:
+            assert (attended.mean[row, context:] == 0).all()
+            difference = attended.mean[row, :context] - attention.mean(dim=(0, 1))
+            assert difference.abs().max() <= BOUND[dtype]
+            for i, (of_row, layer, of_head) in enumerate(chosen):
+                if of_row == row:
+                    difference = attended.heads[i, :context] - attention[layer, of_head]
+                    assert difference.abs().max() <= BOUND[dtype]
+                    assert (attended.heads[i, context:] == 0).all()
+
+
+@torch.inference_mode()
+def test_bits_do_not_depend_on_who_else_is_watched_nor_on_threads() -> None:
+    model = random_model(TINY_GPT2)
+    texts = [list(range(3, 80)), list(range(100, 140)), [5] * 33]
+    company = Company(texts, [1, 1, 33], [[0, 1, 2, 3, 4], [5, 6, 7], [8, 9, 10]], 16)
+    cache = KVCache.allocate(TINY_GPT2, num_blocks=11, block_size=16, dtype=torch.float32)
+    forward = CompiledForward(model, cache)
+    threads = torch.get_num_threads()
+    rows = []
+    try:
+        for number, watched in ((1, (0,)), (2, (2, 0, 1)), (2, (0,))):
+            torch.set_num_threads(number)
+            batch = company.run(forward, TINY_GPT2, watched)
+            rows.append(forward.attended(batch, []).mean[watched.index(0), :77])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(rows[0], rows[1])
+    assert torch.equal(rows[0], rows[2])
+
+
+@torch.inference_mode()
+def test_watching_changes_no_bit_of_the_step() -> None:
+    company = Company([list(range(50)), [7, 8]], [1, 2], [[0, 1, 2, 3], [4]], 16)
+    for make in (CompiledForward, lambda model, cache: eager_forward(model, cache)):
+        logits = []
+        for watched in ((), (0, 1)):
+            cache = KVCache.allocate(
+                TINY_COMPILED, num_blocks=5, block_size=16, dtype=torch.float32
+            )
+            forward: Forward = make(random_model(TINY_COMPILED), cache)
+            batch = company.run(forward, TINY_COMPILED, watched)
+            logits.append(forward(batch).clone())
+        assert torch.equal(*logits)
+
+
+def test_the_strongest_positions_first_and_none_that_got_nothing() -> None:
+    attended = Attended(
+        torch.tensor([[0.1, 0.5, 0.4, 0.0], [1.0, 0.0, 0.0, 0.0]]),
+        torch.tensor([[0.0, 0.0, 0.25, 0.75]]),
+    )
+    first, second = glances(attended, [[], [(0, 0)]], 2)
+    assert [glance.position for glance in first.mean] == [1, 2]
+    assert [glance.weight for glance in first.mean] == pytest.approx([0.5, 0.4])
+    assert first.heads == []
+    assert second.mean == [Glance(0, 1.0)]
+    assert second.heads == [[Glance(3, 0.75), Glance(2, 0.25)]]
+
+
+def test_a_head_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ExplainError, match="no head 3 in layer 0: the model has 2 layers of 3"):
+        chosen_heads(TINY_GPT2, [[(0, 2)], [(0, 3)]])
+
+
+def test_what_was_not_watched_cannot_be_asked_for() -> None:
+    cache = KVCache.allocate(TINY_GPT2, num_blocks=1, block_size=16, dtype=torch.float32)
+    batch = single_sequence([1, 2], block_table=[0], block_size=16)
+    for forward in (
+        CompiledForward(random_model(TINY_GPT2), cache),
+        eager_forward(random_model(TINY_GPT2), cache),
+    ):
+        assert isinstance(forward, CompiledForward | EagerForward)
+        with pytest.raises(ValueError, match="nothing was watched"):
+            forward.attended(batch, [])
