@@ -54,10 +54,14 @@ export class Exhibit {
     this.choose();
   }
 
-  /** Show which token is kept. */
+  /** Show which token is kept, and see that a narrow page's card does not stand in front of it. */
   choose() {
     this.#view.choose(page.state.token);
     this.redraw();
+    const token = this.#view.boxOf(page.state.token);
+    const card = byId("card").getBoundingClientRect();
+    const isCovered = token && card.height && token.bottom > card.top && token.right > card.left;
+    if (isCovered && token.top < card.bottom) scrollBy({ top: token.bottom - card.top + 24 });
   }
 
   /** The shades and the card. */
@@ -91,6 +95,14 @@ export class Exhibit {
       words.push(`${share} of the prompt was in the cache`);
     }
     this.say(words.join(" · "));
+  }
+
+  /** Say what would come next. */
+  sayNext(candidates) {
+    const names = candidates
+      .slice(0, 4)
+      .map((one) => `“${shown(one.text)}” ${percent(Math.exp(one.logprob))}`);
+    this.say(`Next, most likely: ${names.join(", ")}`);
   }
 
   say(words) {

@@ -13,6 +13,7 @@ export class Explainer {
   attention = null;
   entropy = null;
   tokens = []; // with logprob and rank, given ones too
+  next = []; // the likeliest tokens after the last
   #lens = new Map(); // position -> rows
   steps = null;
   whatIf = null;
@@ -27,7 +28,14 @@ export class Explainer {
     for (const controller of this.#asking.values()) controller.abort();
     this.#asking.clear();
     this.#lens.clear();
-    Object.assign(this, { attention: null, entropy: null, tokens: [], steps: null, whatIf: null });
+    Object.assign(this, {
+      attention: null,
+      entropy: null,
+      tokens: [],
+      next: [],
+      steps: null,
+      whatIf: null,
+    });
   }
 
   /** Attention of these tokens in all heads. Raises as `callJson`; AbortError when asked anew. */
@@ -47,6 +55,7 @@ export class Explainer {
     this.attention = attention;
     this.entropy = answer.entropy;
     this.tokens = answer.tokens;
+    this.next = answer.next;
   }
 
   /** What belongs to one head and one query: its steps, the lens there and before `token`. */

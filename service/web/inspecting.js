@@ -39,6 +39,7 @@ export class Inspector {
       this.#rooms.setWaiting(false);
     }
     if (count > limit) this.#exhibit.say(`The first ${limit} of ${count} tokens are explained.`);
+    else if (state.shown === "prompt") this.#exhibit.sayNext(explainer.next);
     this.#take(explainer.tokens);
     if (state.head && !explainer.attention.has(state.head)) update({ head: null });
     this.#exhibit.refresh();

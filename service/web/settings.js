@@ -66,7 +66,8 @@ export function showFields(state, limits) {
         ["temperature", "max_tokens"].includes(name) || state.parameters[name] !== one.initial,
     )
     .map(([name, one]) => `${one.label.toLowerCase()} ${state.parameters[name]}`);
-  words.push(state.seed ? `seed ${state.seed}` : "a new seed each time");
+  if (state.seed) words.push(`seed ${state.seed}`);
+  else words.push(state.drawn ? `seed ${state.drawn}, drawn by the server` : "a new seed each time");
   byId("settings-now").textContent = words.join(" · ");
 }
 

@@ -69,7 +69,7 @@ export function drawSteps(element, steps, tokens) {
             paint(strips);
           },
         },
-        `Show the other ${rest.length} keys too; together they weigh ${percent(restWeight)}`,
+        `Show the other ${rest.length === 1 ? "one" : `${rest.length} keys`} too: ${percent(restWeight)} of the weight`,
       )
     : null;
 

@@ -56,8 +56,9 @@ export class TokenView {
     });
   }
 
-  get lookedAt() {
-    return this.#active ?? this.#chosen;
+  /** Where a token stands in the window; null when there is none. */
+  boxOf(position) {
+    return this.#elements[position]?.getBoundingClientRect() ?? null;
   }
 
   #append(position) {

@@ -105,7 +105,7 @@ function side(title, candidates, other, most, continuation, isAblated = false) {
     ),
     continuation ? h("p", { class: "label" }, "It goes on, always with the likeliest") : null,
     continuation
-      ? h("p", { class: "continuation" }, continuation.text || "(the text ends here)")
+      ? h("p", { class: "continuation" }, continuation.text.trimStart() || "(the text ends here)")
       : null,
   );
 }
