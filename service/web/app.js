@@ -1,6 +1,6 @@
 // The page put together: what each button and key does.
 
-import { callJson, currentKey, onKeyNeeded, Problem } from "./api.js";
+import { callJson, ConnectionLost, currentKey, onKeyNeeded, Problem } from "./api.js";
 import { askForKey, drawExamples, setUpTheme, showModel } from "./chrome.js";
 import { copy } from "./clipboard.js";
 import { byId, debounced } from "./dom.js";
@@ -63,6 +63,7 @@ async function generate({ isReplay = false } = {}) {
   const mine = (page.running = { controller: new AbortController(), id: null });
   const { signal } = mine.controller;
   showRunning();
+  let isLost = false;
   try {
     exhibit.show(await promptTokens(state.prompt, signal));
     const done = await stream(signal, isReplay ? state.seed || state.drawn : state.seed);
@@ -71,11 +72,12 @@ async function generate({ isReplay = false } = {}) {
   } catch (error) {
     if (error.name === "AbortError") exhibit.say("Stopped.");
     else fail(error, () => generate({ isReplay }));
+    isLost = error instanceof ConnectionLost; // then there is nobody to ask about what came
   }
   if (page.running !== mine) return; // another one has begun
   page.running = null;
   showRunning();
-  if (page.tokens.some((token) => !token.isPrompt)) await inspector.inspect();
+  if (!isLost && page.tokens.some((token) => !token.isPrompt)) await inspector.inspect();
 }
 
 /** The stream itself: with explanations, or without where the server has none for it. */

@@ -22,7 +22,7 @@ export class Inspector {
   async inspect() {
     const { state, tokens, explainer } = page;
     if (page.missing || !tokens.length) return this.#rooms.redraw();
-    const count = Math.min(state.upto ?? tokens.length, tokens.length);
+    const count = Math.min(state.upto || tokens.length, tokens.length);
     let limit = count;
     this.#rooms.setWaiting(true);
     try {
@@ -41,7 +41,7 @@ export class Inspector {
     if (count > limit) this.#exhibit.say(`The first ${limit} of ${count} tokens are explained.`);
     else if (state.shown === "prompt") this.#exhibit.sayNext(explainer.next);
     this.#take(explainer.tokens);
-    if (state.head && !explainer.attention.has(state.head)) update({ head: null });
+    update(possible(state, tokens.length, explainer.attention));
     this.#exhibit.refresh();
     this.#rooms.open();
     await Promise.all([this.focus(), this.compare()]);
@@ -63,7 +63,7 @@ export class Inspector {
     const { state, explainer } = page;
     if (!explainer.attention) return;
     page.whatIfProblem = null;
-    const heads = state.offHeads.filter((head) => explainer.attention.has(head));
+    const heads = state.offHeads;
     const edges = state.offEdges.filter(([query]) => query < explainer.numTokens);
     if (!heads.length && !edges.length) return;
     await this.#asked(
@@ -95,4 +95,15 @@ export class Inspector {
     this.#exhibit.redraw();
     this.#rooms.redraw();
   }
+}
+
+/** Of what is chosen and switched off, what there is: an address may name anything. */
+function possible({ token, head, upto, offHeads, offEdges }, numTokens, attention) {
+  return {
+    token: token !== null && token < numTokens ? token : null,
+    head: head && attention.has(head) ? head : null,
+    upto: upto !== null && upto < numTokens ? upto : null,
+    offHeads: offHeads.filter((pair) => attention.has(pair)),
+    offEdges: offEdges.filter(([query, key]) => key <= query && query < numTokens),
+  };
 }

@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -28,9 +27,8 @@ Opens = Callable[..., AbstractAsyncContextManager[Page]]
 async def browser() -> AsyncIterator[Browser]:
     """One browser for all tests; each has a context of its own in it."""
     async with async_playwright() as playwright:
-        own = playwright.chromium.executable_path
-        found = next(filter(None, map(shutil.which, SYSTEM_BROWSERS)), None)
-        path = found or (own if Path(own).exists() else None)
+        candidates = (*SYSTEM_BROWSERS, playwright.chromium.executable_path)
+        path = next(filter(None, map(shutil.which, candidates)), None)
         if path is None:
             pytest.skip("NO CHROMIUM, THE PLAYGROUND IS NOT TESTED: run `make browser`")
         # In a container one is root, and Chromium's sandbox does not start.

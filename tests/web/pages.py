@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 from urllib.parse import parse_qs, urlencode, urlsplit
 
 from playwright.async_api import Page, expect
 
+LIMIT_S = 15
 STORY = "Once upon a time there was a little"
 
 
@@ -47,3 +49,11 @@ async def evaluate(page: Page, module: str, expression: str, argument: Any = Non
     """`expression` over `m`, one of the page's modules, and `argument`."""
     script = f"async (argument) => {{ const m = await import('/web/{module}'); {expression} }}"
     return await page.evaluate(script, argument)
+
+
+async def until(page: Page, condition: str) -> None:
+    """Wait until an expression is true; Playwright's own way needs `eval`, forbidden here."""
+    deadline = time.monotonic() + LIMIT_S
+    while not await page.evaluate(condition):
+        assert time.monotonic() < deadline, f"still not after {LIMIT_S} s: {condition}"
+        await page.wait_for_timeout(50)
