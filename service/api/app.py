@@ -20,6 +20,7 @@ from service.api import (
     openai_models,
     openapi,
     operations,
+    playground,
     resume,
     tokenization,
 )
@@ -134,6 +135,7 @@ def create_app(
         operations,
     ):
         app.include_router(module.routes(context))
+    app.include_router(playground.routes())
     openapi.install(app, has_keys=bool(settings.api_keys))
     docs.install(app)
     return app
