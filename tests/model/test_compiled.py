@@ -326,6 +326,7 @@ def test_without_a_compiler_torch_serves_and_says_why(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "PREBUILT", tmp_path / "none")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
     native.load.cache_clear()
@@ -346,6 +347,7 @@ def test_a_compiler_that_fails_is_reported_with_its_words(
     compiler.write_text("#!/bin/sh\necho 'cc: no space left' >&2\nexit 1\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "PREBUILT", tmp_path / "none")
     monkeypatch.setenv("CC", str(compiler))
     native.load.cache_clear()
     try:
