@@ -7,7 +7,7 @@
     locust -f loadtests/locustfile.py ChatUser --host URL --headless -u 8 -t 30s --workload chat
     locust -f loadtests/locustfile.py GenerateUser --host URL --headless -u 256 -t 60s --processes 4
 
-Users and what they report: loadtests/load/users.py. Patterns of load: shapes.py. Workloads:
+Users and what they report: loadtests/load/users.py. Patterns of load: patterns.py. Workloads:
 workloads.py. `locust -f loadtests/locustfile.py --help` lists the options.
 """
 

@@ -76,7 +76,7 @@ def main() -> int:
     parser.add_argument("--prompt-len", type=int, default=64)
     parser.add_argument("--output-len", type=int, default=64)
     parser.add_argument("--start", type=float, default=4.0, help="requests/s, the first rate tried")
-    parser.add_argument("--probe-s", type=float, default=30.0, help="length of each try")
+    parser.add_argument("--probe-s", type=int, default=30, help="length of each try")
     parser.add_argument("--tolerance", type=float, default=0.1, help="of the rate, relative")
     parser.add_argument("--max-probes", type=int, default=12)
     parser.add_argument("--processes", type=int, default=1, help="of the client")

@@ -29,7 +29,7 @@ def main() -> int:
     )
     parser.add_argument("--streams", default="1,16,64,256", help="at the same time")
     parser.add_argument("--interval-ms", type=float, default=20.0, help="of a stream's events")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement")
+    parser.add_argument("--seconds", type=int, default=8, help="of each measurement")
     parser.add_argument("--processes", type=int, default=1, help="of the client")
     given = parser.parse_args()
     table = Table(title=f"an event every {given.interval_ms:g} ms in each stream")

@@ -27,13 +27,12 @@ class Paced:
 def paced_server(interval_ms: float) -> Iterator[Paced]:
     """A pacer on a free port, ended afterwards."""
     command = [sys.executable, "-m", "loadtests.load.pacer", "--interval-ms", str(interval_ms)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        yield Paced(f"http://127.0.0.1:{int(process.stdout.readline())}")
-    finally:
-        process.terminate()
-        process.wait(10)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield Paced(f"http://127.0.0.1:{int(process.stdout.readline())}")
+        finally:
+            process.terminate()
 
 
 def _get(url: str) -> dict[str, list[int]]:

@@ -25,7 +25,7 @@ class LoadError(Exception):
 class Plan:
     """A closed loop of `users`, or with `rate` (requests/s) an open one."""
 
-    seconds: float
+    seconds: int  # Locust takes whole ones only
     users: int = 1
     rate: float | None = None
     workload: str = "fixed"
@@ -33,7 +33,7 @@ class Plan:
     output_len: int = 64
     shared_len: int = 256
     user: str = "GenerateUser"
-    drain_s: float = 20.0  # an open loop's requests may end so long after it
+    drain_s: int = 20  # an open loop's requests may end so long after it
     processes: int = 1
     seed: int = 0
     api_key: str = ""
@@ -74,7 +74,7 @@ def _command(url: str, plan: Plan, folder: Path) -> list[str]:
         "--host": url,
         "--users": plan.users,
         "--spawn-rate": 1000,
-        "--run-time": f"{plan.seconds:g}s" if plan.seconds == int(plan.seconds) else plan.seconds,
+        "--run-time": plan.seconds,
         "--workload": plan.workload,
         "--prompt-len": plan.prompt_len,
         "--output-len": plan.output_len,

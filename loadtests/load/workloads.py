@@ -17,7 +17,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 SPREAD = 0.8  # standard deviation of log length: a tenth is 2.8 times the median or more
 # Short and common, so that any tokenizer knows them.
 WORDS = (
-    "the a cat dog sun sea tree bird house road stone river night day song story king child old red "
+    "the a cat dog sun sea tree bird house road stone river night day song story king child old "
     "blue small great went saw made found lost gave took and but so then where when"
 )
 
