@@ -25,6 +25,7 @@ from loadtests.load.workloads import KINDS
 
 NEEDED_SHARE = 0.99
 FACTOR = 2.0
+DRAIN_S = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,7 @@ def main() -> int:
         plan = Plan(
             given.probe_s,
             rate=rate,
+            drain_s=DRAIN_S,
             workload=given.workload,
             prompt_len=given.prompt_len,
             output_len=given.output_len,

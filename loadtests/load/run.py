@@ -33,7 +33,7 @@ class Plan:
     output_len: int = 64
     shared_len: int = 256
     user: str = "GenerateUser"
-    drain_s: int = 20  # an open loop's requests may end so long after it
+    drain_s: int = 0  # so long after it the requests in flight may end; else they are cut off
     processes: int = 1
     seed: int = 0
     api_key: str = ""
@@ -84,8 +84,9 @@ def _command(url: str, plan: Plan, folder: Path) -> list[str]:
         "--loglevel": "ERROR",
     }
     if plan.rate is not None:
-        words |= {"--pattern": "poisson", "--rate": plan.rate, "--stop-timeout": plan.drain_s}
-        words |= {"--dispatchers": plan.processes}
+        words |= {"--pattern": "poisson", "--rate": plan.rate, "--dispatchers": plan.processes}
+    if plan.drain_s:
+        words |= {"--stop-timeout": plan.drain_s}
     if plan.processes > 1:
         words |= {"--processes": plan.processes}
     if plan.api_key:

@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 import gevent
 import msgspec
 from gevent.pool import Group
+from geventhttpclient.response import HTTPParseError
 from locust import FastHttpUser, events, task
 from locust.env import Environment
 from locust.exception import StopUser
@@ -142,7 +143,8 @@ class StreamUser(FastHttpUser):
                 else:
                     self.fire("ITL", _ms(now_ns - last_ns))
                 last_ns = now_ns
-        except (OSError, ValueError, KeyError) as error:  # cut off, no HTTP, no JSON, no such field
+        except (OSError, HTTPParseError, ValueError, KeyError) as error:
+            # Cut off, no HTTP, no JSON, no such field.
             stream.received.wrong(f"{type(error).__name__}: {error}")
         sample.end_ns = time.monotonic_ns()
         received: Received = stream.end()

@@ -56,7 +56,9 @@ def test_every_figure_is_a_row_of_locusts(server: Server, tmp_path: Path) -> Non
 def test_an_open_loop_sends_what_is_due_and_every_stream_is_right(
     server: Server, workload: str
 ) -> None:
-    plan = Plan(3, rate=8, workload=workload, prompt_len=12, output_len=8, shared_len=64)
+    plan = Plan(
+        3, rate=8, workload=workload, prompt_len=12, output_len=8, shared_len=64, drain_s=20
+    )
     ran = run(server.url, plan)
     point = ran.point()
     assert point.failures == ()
@@ -72,14 +74,14 @@ def test_an_open_loop_sends_what_is_due_and_every_stream_is_right(
 @pytest.mark.slow
 def test_tokens_received_are_those_the_server_counted(server: Server) -> None:
     before = generated(server)
-    ran = run(server.url, Plan(2, rate=10, output_len=12))
+    ran = run(server.url, Plan(2, rate=10, output_len=12, drain_s=20))
     assert all(one.finish_reason == "length" for one in ran.samples)
     assert sum(one.num_tokens for one in ran.samples) == generated(server) - before
 
 
 @pytest.mark.slow
 def test_two_processes_share_the_rate(server: Server) -> None:
-    ran = run(server.url, Plan(4, rate=10, output_len=4, processes=2))
+    ran = run(server.url, Plan(4, rate=10, output_len=4, processes=2, drain_s=20))
     assert ran.point().failures == ()
     assert 18 <= len(ran.samples) <= 70
 
@@ -174,7 +176,7 @@ class BreaksOff(Liar):
 )
 def test_a_server_that_breaks_a_promise_is_caught(handler: type[Liar], failure: str) -> None:
     with serving(handler) as url:
-        ran = run(url, Plan(1, rate=10, prompt_len=4, output_len=1))
+        ran = run(url, Plan(1, rate=10, prompt_len=4, output_len=1, drain_s=5))
     assert ran.samples
     assert all(failure in one.failure for one in ran.samples)
     assert ran.point().completed == 0
