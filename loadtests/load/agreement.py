@@ -5,8 +5,8 @@
 Starts a server (or takes --url, without the comparison with the bench, which needs the machine for
 itself), runs Locust, and compares the means of its histograms over the run (sum and count are
 exact, buckets are not) with those of the raw samples: within --within of each other, 5 percent.
-Then the same model, lengths and number of sequences in `vitrine bench`: tokens/s with prefill within
-10 percent; where client and server share the engine's cores, that is what HTTP costs.
+Then the same model, lengths and number of sequences in `vitrine bench`: tokens/s, prefill and all,
+within 10 percent; where client and server share the engine's cores, that is what HTTP costs.
 """
 
 from __future__ import annotations
