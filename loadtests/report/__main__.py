@@ -5,8 +5,8 @@
     python -m loadtests.report --draw-only
 
 An interrupted report goes on where it was: every step's result is kept in OUT/steps until the
-settings or the commit change. With --record NAME the runs are written to loadtests/results/NAME/, from where
-reports on other machines take them.
+settings or the commit change. With --record NAME the runs are written to loadtests/results/NAME/,
+from where reports on other machines take them.
 """
 
 from __future__ import annotations
@@ -118,9 +118,9 @@ def _measured(given: argparse.Namespace, console: Console) -> list[Run]:
                 console.print(what, markup=False, highlight=False)
 
         for subject, steps in plans:
-            results = {}
+            results: dict[str, Any] = {}
             for place, step in steps.items():
-                results[place] = step.result(given.out / "steps", say)
+                results[place] = step.result(given.out / "steps", say, results)
                 progress.advance(bar, step.weight_s)
             run = run_of(subject, mode, results)
             write_run(run, given.out / f"report-{subject.name}.json")

@@ -40,7 +40,7 @@ def throughput(material: Material) -> Drawing:
                 label=f"{lane.name}: engine alone, decoding",
             )
         style.log_axes(one, x_ticks=CONCURRENCY)
-        one.set_title(name_of(model))
+        style.title(one, name_of(model))
         one.set_xlabel("requests at the same time")
     axes[0].set_ylabel("tokens/s, all streams together")
     style.legend(figure, axes, columns=2)

@@ -57,7 +57,7 @@ def size(material: Material) -> Drawing:
         )
         style.log_axes(one)
         one.set_xticks(sizes, [style.short(value) for value in sizes])
-        one.set_title("one stream" if batch == 1 else f"{batch} streams together")
+        style.title(one, "one stream" if batch == 1 else f"{batch} streams together")
         one.set_xlabel("parameters")
     axes[0].set_ylabel("decode, tokens/s")
     style.legend(figure, axes, columns=2)
@@ -66,10 +66,10 @@ def size(material: Material) -> Drawing:
         "How model size changes the answer",
         _size_claim(material),
         (
-            "A token of one stream takes as long as it takes to read every weight once: speed falls "
-            "as 1/parameters, on every device, and the distance between the lines is the ratio of "
-            "their memories. A model of 5 M parameters is fast on anything; one of 8 B in bfloat16 is "
-            "16 GB a token.",
+            "A token of one stream takes as long as it takes to read every weight once: speed "
+            "falls as 1/parameters, on every device, and the distance between the lines is the "
+            "ratio of their memories. A model of 5 M parameters is fast on anything; one of 8 B "
+            "in bfloat16 is 15 GB a token.",
             "For many streams the ratio of arithmetic takes over, and the distance between the "
             "lines grows. Below the dashed line a reader waits for the text.",
         ),
@@ -97,7 +97,7 @@ def _size_claim(material: Material) -> str:
         for other in material.lanes[1:]
     ]
     return (
-        f"At most {speed:.1f} tokens/s of {name_of(LARGE)} for one reader on {lane.name}, computed; "
+        f"{name_of(LARGE)} for one reader, computed: at most {speed:.1f} tokens/s on {lane.name}; "
         f"{' and '.join(others)}."
     )
 
@@ -188,11 +188,11 @@ def cost(material: Material) -> Drawing:
         "Cost and energy of a million tokens",
         f"Computed with {prices}. These are assumptions: edit them in the table below.",
         (
-            "A device costs the same for an hour whether it decodes one stream or 256, so the price of "
-            "a token is the price of an hour over the tokens that shared it. One stream on a GPU "
-            "pays for arithmetic that waits for XW's weights to be read.",
-            "Hatched bars are computed from roofs, so they are the least that it could cost; a real "
-            "server reaches a part of its roof. Watts are of the device alone, at its limit.",
+            "A device costs the same for an hour whether it decodes one stream or 256, so the "
+            "price of a token is the price of an hour over the tokens that shared it. One stream "
+            "on a GPU pays for arithmetic that waits for the W of XW to be read.",
+            "Hatched bars are computed from roofs, so they are the least that it could cost; a "
+            "real server reaches a part of its roof. Watts are of the device alone, at its limit.",
         ),
         figure,
         "Dollars and kilowatt hours for a million tokens, by device and load.",
@@ -218,9 +218,9 @@ def demand(material: Material) -> Drawing:
             ]
             kind = "computed" if serving.is_computed else "measured"
             one.plot(wanted, bills, color=lane.colour, label=f"{lane.name} ({kind} speed)")
-        style.log_axes(one)
+        style.log_axes(one, x_ticks=(0.01, 1, 100, 10_000))
         one.set_ylim(10, 1e6)
-        one.set_title(name_of(model))
+        style.title(one, name_of(model))
         one.set_xlabel("tokens/s wanted, on average")
         claims.append(_crossing(material, model, best))
     axes[0].set_ylabel("dollars a month")
@@ -230,16 +230,16 @@ def demand(material: Material) -> Drawing:
         "When a CPU is the right choice",
         " ".join(claims),
         (
-            "Machines are rented whole. While one CPU machine keeps up with what is wanted, it is the "
-            "cheaper one however slow it is for a token; each further one adds its price, and "
-            "somewhere one GPU does the work of all of them.",
-            "A CPU is right when the model is small (all of its weights fit a cache, or are read in "
-            "milliseconds), when few tokens are wanted (an hour of an idle GPU costs as much as a "
-            "busy one), when nobody waits for the text (batches overnight), when memory is what "
-            "is short (a terabyte of RAM is cheap, and 8 B parameters need 16 GB), or when the machine "
-            "is there anyway: a test, a laptop, a branch office.",
-            "A GPU is right when many streams of a model of a billion parameters and more are wanted at "
-            "the same time, when prompts are long, or when one reader must not wait.",
+            "Machines are rented whole. While one CPU machine keeps up with what is wanted, it is "
+            "the cheaper one however slow it is for a token; each further one adds its price, and "
+            "somewhere one GPU does the work of all of them. Hours that wait for a reader cost as "
+            "much as hours that decode.",
+            "A CPU is right when the model is small (its weights are read in a few milliseconds), "
+            "when few tokens are wanted, when nobody waits for the text (a batch overnight), when "
+            "memory is what is short (RAM is cheap, and a model that does not fit one GPU needs "
+            "two), or when the machine is there anyway: a test, a laptop, a branch office.",
+            "A GPU is right when many streams of a model of a billion parameters and more are "
+            "wanted at the same time, when prompts are long, or when one reader must not wait.",
         ),
         figure,
         "Dollars a month against tokens per second wanted, for a small and a large model.",
@@ -262,9 +262,13 @@ def _crossing(material: Material, model: str, best: dict[str, Serving]) -> str:
     if crossing > best[gpu.name].tokens_per_s:
         return f"{name_of(model)}: CPUs cost less at any demand."
     kind = "computed from its roof" if best[cpu.name].is_computed else "measured"
-    return (
-        f"{name_of(model)}: CPUs ({kind}) cost less up to about {style.short(crossing)} tokens/s."
-    )
+    return f"{name_of(model)}: CPUs ({kind}) cost less up to about {_rounded(crossing)} tokens/s."
+
+
+def _rounded(value: float) -> str:
+    """Two digits are what such a figure is good for."""
+    digits = 1 - math.floor(math.log10(value))
+    return f"{round(value, digits):,.{max(digits, 0)}f}"
 
 
 def _devices(lane: Lane) -> set[str]:

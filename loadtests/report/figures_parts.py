@@ -48,18 +48,18 @@ def where(material: Material) -> Drawing:
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "25 %", "50 %", "75 %", "100 %"])
     axes.grid(visible=False, axis="y")
     style.legend(figure, [axes], columns=5)
+    methods = " and ".join(dict.fromkeys(one.method for _, one in rows))
     return Drawing(
         "where",
         "Where a decode step's time goes",
         _where_claim(rows),
         (
             "At batch 1 every product is one row times a matrix, and a part takes as long as its "
-            "weights take to read: the MLP has most of them, and in a small model the head, vocabulary "
-            "times width. In a batch the products grow slowly, since the weights are still read once, "
-            "and softmax(QKᵀ/√d)V grows with every sequence.",
-            "The compiled forward is one call; its parts were timed by leaving each out and "
-            f"subtracting ({rows[0][1].method if rows else ''}). Sampling draws from the logits, host "
-            "is the engine's Python: scheduling, building the batch, booking tokens.",
+            "weights take to read: the MLP has most of them, and in a small model the head, "
+            "vocabulary times width. In a batch the products grow slowly, since the weights are "
+            "still read once, and softmax(QKᵀ/√d)V grows with every sequence.",
+            f"How they were timed: {methods}. Sampling draws from the logits; host is the engine's "
+            "Python: scheduling, building the batch, booking tokens.",
         ),
         figure,
         "Shares of a decode step by part, for each model, device and batch size.",
@@ -80,7 +80,7 @@ def _where_claim(rows: list[tuple[Run, object]]) -> str:
 
 
 def limits(material: Material) -> Drawing | None:
-    """What --max-num-seqs and --max-batched-tokens do to speed and to pauses; None: not measured."""
+    """What --max-num-seqs and --max-batched-tokens do to speed and pauses; None: not measured."""
     measured = [run for run in material.runs if run.limits]
     if not measured:
         return None
@@ -109,7 +109,7 @@ def limits(material: Material) -> Drawing | None:
             one.axvline(default, color=style.FAINT, lw=1, ls=(0, (3, 3)), label="default")
             style.log_axes(one, y=one is pause, x_ticks=x)
         speed.set_ylim(bottom=0)
-        speed.set_title(f"--{name.replace('_', '-')}")
+        style.title(speed, f"--{name.replace('_', '-')}")
         pause.set_xlabel(f"--{name.replace('_', '-')}")
     axes[0][0].set_ylabel("tokens/s")
     axes[1][0].set_ylabel("ms")
@@ -122,10 +122,10 @@ def limits(material: Material) -> Drawing | None:
         f"{best.max_num_seqs} --max-batched-tokens {best.max_batched_tokens}, "
         f"{style.short(best.point.tokens_per_s)}.",
         (
-            "More sequences in a step share the reading of the weights, until arithmetic or the keys "
-            "and values are what takes the time; beyond, requests wait less for their first token "
-            "and longer between tokens. A larger budget of tokens prefills prompts in fewer steps, "
-            "each of which all running streams wait for.",
+            "More sequences in a step share the reading of the weights, until arithmetic or the "
+            "keys and values are what takes the time; beyond, requests wait less for their first "
+            "token and longer between tokens. A larger budget of tokens prefills prompts in fewer "
+            "steps, each of which all running streams wait for.",
         ),
         figure,
         "Tokens per second and latencies against the two limits of the server.",

@@ -38,9 +38,9 @@ def roofline(material: Material) -> Drawing:
     style.log_axes(axes)
     axes.set_xlim(left, right)
     low = min(left * lane.roof.read_bytes_per_s for lane in material.lanes)
-    axes.set_ylim(low / 2, 8 * max(lane.roof.flops_per_s for lane in material.lanes))
+    axes.set_ylim(low / 2, 90 * max(lane.roof.flops_per_s for lane in material.lanes))
     for place, word in [
-        *((x, f"decode × {batch}") for x, batch in zip(intensities, BATCHES, strict=True)),
+        *((x, f"decode, batch {batch}") for x, batch in zip(intensities, BATCHES, strict=True)),
         (at_prefill, f"prefill of {context}"),
     ]:
         axes.axvline(place, color=style.FAINT, lw=0.7, ls=(0, (2, 3)))
@@ -62,20 +62,23 @@ def roofline(material: Material) -> Drawing:
     return Drawing(
         "roofline",
         "The roofline",
-        f"Decoding one sequence of {name_of(model)} does {intensities[0]:.2g} operations for each "
+        f"Decoding one sequence of {name_of(model)} does {intensities[0]:.1f} operations for each "
         f"byte it reads; {lane.name} could do {computed.ridge(lane.roof):.0f}, an H100 "
         f"{computed.ridge(_h100(material)):.0f}. One stream uses none of what a GPU's "
         "arithmetic was paid for; what it buys is bandwidth.",
         (
-            "A weight in bfloat16 is two bytes and takes part in one multiplication and one addition "
-            "for each row: one operation a byte at batch 1, 32 at batch 32. That is the slope. "
-            "On the slope a device is as fast as its memory, on the flat part as fast as its "
-            "arithmetic. Open marks are where work lands on each roof; filled ones were measured.",
-            f"Attention over the cache never climbs: of each key, two operations for each query head "
-            f"that shares it, whatever the batch. That is why decode × 256 at a context of {context} "
-            "lies left of 256, and further left the longer the context.",
-            "Prefill multiplies all rows of a prompt with the weights at once, and stands on the flat "
-            "part of every roof: there the ratio of arithmetic is what counts, not that of memory.",
+            "A weight in bfloat16 is two bytes and takes part in one multiplication and one "
+            "addition for each row: one operation a byte at batch 1, 256 at batch 256, if weights "
+            "were all. On the slope a device is as fast as its memory, on the flat part as fast as "
+            "its arithmetic. Open marks are where work lands on each roof; filled ones were "
+            "measured, the engine alone.",
+            "QKᵀ over the cache never climbs: each key is read for its own sequence, and takes "
+            "part in two operations for each query head that shares it, whatever the batch. It "
+            f"pulls decode of 256 at a context of {context} down to {intensities[-1]:.0f} "
+            "operations a byte, and further the longer the context.",
+            "Prefill multiplies all rows of a prompt with the weights at once, and stands on the "
+            "flat part of every roof, or near it: there the ratio of arithmetic is what counts, "
+            "not that of memory.",
         ),
         figure,
         "Roofline of each device with decode at several batch sizes and prefill.",
@@ -116,7 +119,7 @@ def bytes_per_token(material: Material) -> Drawing:
             label = f"keys and values at a context of {context:,}"
             one.plot(batches, [cache] * 9, "-", color=style.PART_COLOURS[colour], label=label)
         style.log_axes(one, x_ticks=batches[::2])
-        one.set_title(name_of(model))
+        style.title(one, name_of(model))
         one.set_xlabel("sequences in a step")
     axes[0].set_ylabel("bytes read for each token")
     style.legend(figure, axes, columns=3)
@@ -125,15 +128,15 @@ def bytes_per_token(material: Material) -> Drawing:
     return Drawing(
         "bytes",
         "Bytes for each token",
-        f"{name_of(LARGE)} reads {needs.weight_bytes / 1e9:.1f} GB of weights for a token alone and "
+        f"{name_of(LARGE)} reads {needs.weight_bytes / 1e9:.1f} GB of weights for a lone token and "
         f"{needs.weight_bytes / 64e6:.0f} MB in a batch of 64; its keys and values at a context "
         f"of 4,096 are {cache / 1e6:.0f} MB for each token, in any batch.",
         (
-            "XW for all sequences of a step reads W once: its bytes are shared, and fall as 1/batch. "
-            "QKᵀ and the sum with V read the sequence's own keys and values: nothing is shared. "
-            "Where the lines cross, a larger batch stops paying.",
-            "Fewer KV heads than query heads (grouped-query attention) push the crossing to the right, "
-            "which is why every recent model has them.",
+            "XW for all sequences of a step reads W once: its bytes are shared, and fall as "
+            "1/batch. QKᵀ and the sum with V read the sequence's own keys and values: nothing is "
+            "shared. Where the lines cross, a larger batch stops paying.",
+            "Fewer KV heads than query heads (grouped-query attention) push the crossing to the "
+            "right, which is why recent models have them.",
         ),
         figure,
         "Bytes of weights and of keys and values for each token against the batch size.",

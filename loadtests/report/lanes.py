@@ -32,7 +32,7 @@ class Lane:
 
 
 def lanes_of(runs: Sequence[Run], prices: dict[str, Running]) -> list[Lane]:
-    """Measured devices, then recorded ones, then data sheets of those that nothing was measured on."""
+    """Measured devices, recorded ones, then data sheets of those that nothing was measured on."""
     by_device: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         by_device.setdefault((run.host.name, run.device), []).append(run)

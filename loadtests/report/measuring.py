@@ -30,8 +30,8 @@ from loadtests.report.records import (
     Served,
     Where,
 )
-from loadtests.report.serving import Say, limits_at, server, sweep
-from loadtests.report.steps import Step
+from loadtests.report.serving import limits_at, server, sweep
+from loadtests.report.steps import Doing, Step
 from model.checkpoint_files import bundled_checkpoint
 from model.families.published import PUBLISHED
 
@@ -118,7 +118,11 @@ def steps_of(subject: Subject, mode: Mode) -> dict[str, Step[Any]]:
     billions = parameters_of(subject.config) / 1e9
 
     def step(
-        place: str, kind: Any, make: Callable[[Say], Any], weight_s: float, **more: object
+        place: str,
+        kind: Any,
+        make: Callable[[Doing], Any],
+        weight_s: float,
+        **more: object,
     ) -> Step[Any]:
         return Step(f"{subject.name}-{place}", common | more, kind, make, weight_s)
 
@@ -136,7 +140,12 @@ def steps_of(subject: Subject, mode: Mode) -> dict[str, Step[Any]]:
         traffic = mode.traffic
         open_points = len(traffic.rate_shares) + traffic.probes
         seconds = len(traffic.users) * (traffic.closed_s + 2) + open_points * (traffic.open_s + 3)
-        steps["served"] = step("served", Served, lambda say: served(subject, mode, say), seconds)
+        steps["served"] = step(
+            "served",
+            Served,
+            lambda doing: served(subject, mode, doing),
+            seconds,
+        )
     for seqs, tokens in mode.limits if is_served and subject.model == mode.models[0] else ():
         steps[f"limits-{seqs}-{tokens}"] = step(
             f"limits-{seqs}-{tokens}",
@@ -184,7 +193,7 @@ def bench(subject: Subject, mode: Mode) -> Bench:
     machine = said["machine"]
     accelerator = None if machine["device"] == "cpu" else machine["device"]
     host = Host(
-        name=accelerator or f"{machine['cores']} cores, {machine['cpu']}",
+        name=accelerator or f"{machine['cpu']}, {machine['cores']} cores",
         processor=machine["cpu"],
         cores=machine["cores"],
         accelerator=accelerator,
@@ -224,11 +233,20 @@ def counted(subject: Subject) -> list[Counted]:
     )
 
 
-def served(subject: Subject, mode: Mode, say: Say) -> Served:
+def served(subject: Subject, mode: Mode, doing: Doing) -> Served:
     """The sweep over HTTP."""
-    say("starting a server")
+    alone: Bench = doing.earlier["bench"]
+
+    def round_s(users: int) -> float:
+        """From the engine alone: prompts one after the other, then steps together."""
+        nearest = min(alone.offline, key=lambda one: abs(one.batch - users))
+        step_s = nearest.step_s * max(1.0, users / nearest.batch)
+        prompts_s = users * mode.traffic.prompt_len / nearest.prefill_tokens_per_s
+        return prompts_s + mode.traffic.output_len * step_s
+
+    doing.say("starting a server")
     with server(subject.serve_flags()) as url:
-        return sweep(url, mode.traffic, say)
+        return sweep(url, mode.traffic, round_s, doing)
 
 
 def weights_gb(subject: Subject) -> float:

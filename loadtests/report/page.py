@@ -1,9 +1,8 @@
-"""One HTML file with everything in it: figures as SVG, words, tables, prices to edit. No network."""
+"""One HTML file with everything in it: figures as SVG, words, tables, prices to edit."""
 
 from __future__ import annotations
 
 import html
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -56,13 +55,13 @@ def _answer(material: Material) -> str:
     arithmetic = gpu.roof.flops_per_s / cpu.roof.flops_per_s
     kind = "measured" if gpu.is_measured else "by its data sheet"
     return (
-        "<p><strong>Because decoding reads every weight for every step, and prefill multiplies with "
-        "all of them.</strong> "
-        f"{html.escape(gpu.name)} ({kind}) reads memory {reading:,.0f} times as fast as "
-        f"{html.escape(cpu.name)} and multiplies {arithmetic:,.0f} times as fast. One stream gets the "
-        "first ratio; only many streams at the same time, or long prompts, get the second, and "
-        "that is what a GPU has to be kept busy with to be worth its price. A small model, or little "
-        "to do, is better off on a CPU.</p>"
+        "<p><strong>Because decoding reads every weight for every step, and prefill multiplies "
+        "with all of them.</strong> "
+        f"{html.escape(gpu.name)} ({kind}) reads memory {reading:,.0f} times as fast as the CPU "
+        f"measured here ({html.escape(cpu.name)}), and multiplies {arithmetic:,.0f} times as fast. "
+        "One stream gets the first ratio; only many streams at the same time, or long prompts, "
+        "get the second, and that is what a GPU has to be kept busy with to be worth its price. "
+        "A small model, or little to do, is better off on a CPU.</p>"
     )
 
 
@@ -70,9 +69,10 @@ def _notice(material: Material) -> str:
     if has_gpu(material.lanes):
         return ""
     return (
-        '<p class="notice"><strong>GPU measurements are missing:</strong> none was on this machine and '
-        "none is on record. What is shown of GPUs is computed from their data sheets: the roofline, which "
-        "no program reaches. It is labelled as computed everywhere, and drawn dotted or hatched.</p>"
+        '<p class="notice"><strong>GPU measurements are missing:</strong> no GPU was on this '
+        "machine and none is on record. What is shown of GPUs is computed from their data sheets: "
+        "the roofline, which no program reaches. It is labelled as computed everywhere, and drawn "
+        "dotted or hatched.</p>"
     )
 
 
@@ -91,7 +91,8 @@ def _prices(material: Material) -> str:
     rows = "".join(
         f'<tr data-lane="{material.lanes.index(one.lane)}" data-speed="{one.tokens_per_s:.6g}">'
         f"<th>{html.escape(one.label)}</th><td>{one.tokens_per_s:,.0f}</td>"
-        f'<td class="dollars">{_dollars(one):.3g}</td><td class="energy">{_energy(one):.3g}</td></tr>'
+        f'<td class="dollars">{_dollars(one):.3g}</td>'
+        f'<td class="energy">{_energy(one):.3g}</td></tr>'
         for one in servings(material, model)
     )
     return (
@@ -124,8 +125,8 @@ def _counted(material: Material) -> str:
     )
     return (
         "<table><thead><tr><th></th><th>MFLOP, from the architecture</th><th>as torch counted</th>"
-        "<th>difference</th><th>MB of weights, from the architecture</th><th>as torch was given</th>"
-        f"</tr></thead><tbody>{rows}</tbody></table>"
+        "<th>difference</th><th>MB of weights, from the architecture</th>"
+        f"<th>as torch was given</th></tr></thead><tbody>{rows}</tbody></table>"
     )
 
 
@@ -146,11 +147,14 @@ def _machines(material: Material) -> str:
                 f"{host.date}, mode {first.mode}; others kept up to {busy:.2f} cores busy meanwhile"
             )
         rows.append(
-            f"<tr><th>{html.escape(lane.label)}</th><td>{lane.roof.read_bytes_per_s / 1e9:,.0f}</td>"
-            f"<td>{lane.roof.flops_per_s / 1e12:,.2f}</td><td class='words'>{html.escape(said)}</td></tr>"
+            f"<tr><th>{html.escape(lane.label)}</th>"
+            f"<td>{lane.roof.read_bytes_per_s / 1e9:,.0f}</td>"
+            f"<td>{lane.roof.flops_per_s / 1e12:,.2f}</td>"
+            f'<td class="words">{html.escape(said)}</td></tr>'
         )
-    runs = json.dumps(sorted({f"{run.model} {run.dtype}" for run in material.runs}))
+    models = ", ".join(sorted({f"{name_of(run.model)} in {run.dtype}" for run in material.runs}))
     return (
-        "<table><thead><tr><th>device</th><th>GB/s</th><th>TFLOP/s</th><th>from</th></tr></thead>"
-        f"<tbody>{''.join(rows)}</tbody></table><p>Models: {html.escape(runs)}.</p>"
+        "<table><thead><tr><th>device</th><th>GB/s</th><th>TFLOP/s</th>"
+        f"<th class='words'>from</th></tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        f"<p>Models: {html.escape(models)}.</p>"
     )

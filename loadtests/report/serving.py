@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import msgspec
+
 from loadtests.faults.common import target
 from loadtests.load.goodput import NEEDED_SHARE, search
-from loadtests.load.run import Plan, Ran, run
-from loadtests.load.statistics import Slo
+from loadtests.load.run import Plan, run
+from loadtests.load.statistics import Point, Slo
 from loadtests.report.records import Closed, Limits, Open, Served
+from loadtests.report.steps import Doing
 
-DRAIN_S = 5
+DRAIN_S = 4
+ROUNDS = 2.2  # of a closed loop, at least: every user computes a prompt and an answer
+LONGEST = 5.0  # times closed_s; loops whose rounds take longer are left out
 WARM_S = 2
-Say = Callable[[str], None]
+
+
+class Measured(msgspec.Struct, frozen=True):
+    """One Locust run."""
+
+    point: Point
+    client_cores: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,40 +53,44 @@ def server(flags: list[str], url: str | None = None) -> Iterator[str]:
         yield running.url
 
 
-def sweep(url: str, traffic: Traffic, say: Say) -> Served:
+def sweep(url: str, traffic: Traffic, round_s: Callable[[int], float], doing: Doing) -> Served:
     """Closed loops at every number of users, open ones around the rate that these reached, and the
-    goodput between them."""
+    goodput between them. `round_s` says about how long so many users wait for one answer each."""
     cores: list[float] = []
 
-    def point(plan: Plan) -> Ran:
-        ran = run(url, plan)
-        cores.append(ran.client_cores)
-        return ran
+    def point(name: str, plan: Plan) -> Point:
+        def measure() -> Measured:
+            ran = run(url, plan)
+            return Measured(ran.point(traffic.slo), ran.client_cores)
+
+        measured = doing.part(name, Measured, measure)
+        cores.append(measured.client_cores)
+        return measured.point
 
     lengths = {"prompt_len": traffic.prompt_len, "output_len": traffic.output_len}
     closed = []
     for users in traffic.users:
-        say(f"{users} users, one request after the other")
-        # Few users send few requests: every run has to hold some.
-        ran = point(Plan(traffic.closed_s, users=users, seed=users, **lengths))
-        closed.append(Closed(users, ran.point(traffic.slo)))
+        # A short look at users who all still wait for their first answer would say nothing.
+        seconds = max(traffic.closed_s, math.ceil(ROUNDS * round_s(users)))
+        if seconds > LONGEST * traffic.closed_s:
+            doing.say(f"{users} users are left out: a round of theirs takes {round_s(users):.0f} s")
+            break
+        plan = Plan(seconds, users=users, seed=users, **lengths)
+        closed.append(Closed(users, point(f"users-{users}", plan)))
     most = max(one.point.tokens_per_s for one in closed) / traffic.output_len
     tried: list[Open] = []
 
     def share_at(rate: float) -> float:
-        say(f"{rate:.2f} requests/s at random moments")
         plan = Plan(traffic.open_s, rate=rate, seed=len(tried), drain_s=DRAIN_S, **lengths)
-        measured = point(plan).point(traffic.slo)
+        measured = point(f"rate-{rate:.3g}", plan)
         tried.append(Open(rate, measured))
         return measured.slo_share or 0.0
 
     for share in traffic.rate_shares:
         share_at(share * most)
     good, bad = _edges(tried)
-    if good is None or bad is None or good < bad:
-        found = search(share_at, _next(good, bad), max_probes=traffic.probes)
-        good, bad = _edges(tried)
-        del found  # `tried` has it all
+    search(share_at, _next(good, bad), max_probes=traffic.probes)
+    good, bad = _edges(tried)
     return Served(
         closed=closed,
         open=sorted(tried, key=lambda one: one.rate),

@@ -1,7 +1,7 @@
 """How figures look: one look for all, readable on light and on dark.
 
-Text, lines and grids are drawn in three placeholder colours. PNGs keep them (they are a light theme);
-in the page's SVGs they become CSS variables. Series have colours that both themes carry.
+Text, lines and grids are drawn in placeholder colours. PNGs keep them (they are a light theme); in
+the page's SVGs they become CSS variables. Series have colours that both themes carry.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ mpl.use("agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 INK, FAINT, GRID, PAPER = "#1b1f24", "#6b7480", "#d9dde3", "#fefefe"
 VARIABLES = {INK: "var(--ink)", FAINT: "var(--faint)", GRID: "var(--grid)", PAPER: "var(--paper)"}
@@ -31,6 +31,7 @@ PART_COLOURS = (
 )
 FONTS = ["DejaVu Sans", "Verdana", "sans-serif"]
 WIDTH_IN = 9.6
+FEW_DECADES = 60.0  # a range in which powers of ten are too few ticks
 _RC = {
     "font.family": "sans-serif",
     "font.sans-serif": FONTS,
@@ -73,6 +74,11 @@ def panels(count: int, *, rows: int = 1, height_in: float = 3.9) -> tuple[Figure
     return figure, [list(row) for row in axes]
 
 
+def title(axes: Axes, text: str) -> None:
+    """Over its left corner."""
+    axes.set_title(text, loc="left", fontsize=10.5, fontweight="bold", color=INK)
+
+
 def legend(figure: Figure, axes: Sequence[Axes], columns: int = 4) -> None:
     """One for all axes, under them; each label once."""
     found: dict[str, object] = {}
@@ -96,6 +102,9 @@ def log_axes(
             axes.xaxis.set_minor_locator(NullLocator())
     if y:
         axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        if high / low < FEW_DECADES:
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_major_formatter(FuncFormatter(short))
         axes.yaxis.set_minor_formatter(NullFormatter())
 
@@ -122,9 +131,7 @@ def to_svg(figure: Figure, prefix: str) -> str:
     text = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', text)
     text = re.sub(r'(xlink:href="|href="|url\()#', rf"\1#{prefix}-", text)
     # The page says how wide it is.
-    return re.sub(
-        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r' height="[^"]*pt"', "", text, 1), 1
-    )
+    return re.sub(r'<svg[^>]*?viewBox="([^"]+)"[^>]*>', r'<svg viewBox="\1">', text, count=1)
 
 
 def to_png(figure: Figure, path: Path) -> None:

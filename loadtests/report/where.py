@@ -218,10 +218,13 @@ def time_parts(given: argparse.Namespace, raw: dict[str, object]) -> list[Where]
             core.step()
         forward: Forward = core.runner.forward
         if isinstance(forward, CompiledForward):
-            method, seconds = "by leaving each out", by_leaving_out(core, forward)
+            method, seconds = (
+                "the compiled forward by leaving each part out and subtracting",
+                by_leaving_out(core, forward),
+            )
         elif isinstance(forward, EagerForward):
             seconds = by_modules(core, forward, torch.device(info.device))
-            method = "module by module, in PyTorch"
+            method = "PyTorch module by module, waiting for the device"
         else:
             raise SystemExit(f"no way is known to look into a {type(forward).__name__}")
         found.append(Where(batch, given.context, method, seconds))
