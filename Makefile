@@ -1,5 +1,6 @@
 # make serve   serve the bundled model on http://127.0.0.1:8000   (ARGS="--port 9000" for flags)
 # make test    lint, types, walls, tests
+# make report  measure this machine and make the page runs/report/report.html (ARGS="--full")
 # make install fill .venv; done by the two above, and nothing to do when up to date
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ PIP_ARGS ?=
 # Anything here: install CUDA packages even where no GPU is found.
 CUDA ?=
 
-.PHONY: install serve test lint quick audit observability-tools clean
+.PHONY: install serve test lint quick audit report observability-tools clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -50,6 +51,10 @@ observability-tools:
 # Without the slow tests: for the change at hand.
 quick: $(STAMP)
 	$(BIN)/pytest -m 'not slow' $(ARGS)
+
+# Under five minutes on two cores; goes on where it was when interrupted.
+report: $(STAMP)
+	@exec $(BIN)/vitrine report $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info build dist
