@@ -7,7 +7,7 @@ same places each time it is called with the same batch: a CUDA graph can hold it
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,15 @@ from torch import Tensor, nn
 from model.backends.cuda import CudaBackend, Norms, norms_of
 from model.batch import ForwardBatch
 from model.forward import Heartbeat
+from model.kv_cache import KVCache
 from model.layers import GeluMLP, LayerNorm, RMSNorm, SwiGLUMLP
-from model.products import MakeProduct, Product, library_product
+from model.products import (
+    Float8Product,
+    MakeProduct,
+    Product,
+    float8_product,
+    library_product,
+)
 from model.transformer import Block, Transformer
 
 # What is done to the partial sums of a product whose inputs lie on several GPUs, and how the
@@ -59,7 +66,7 @@ class _Layer:
 
 class FusedForward:
     """`Forward` in few kernels. `last_tokens` is what negative ids refer to
-    (model/kernels/gpu/embed.py); without it there may be none."""
+    (model/kernels/gpu/embed.py)."""
 
     def __init__(
         self,
@@ -74,9 +81,34 @@ class FusedForward:
         self._reduce, self._gather_logits = reduce, gather_logits
         self._layers = tuple(self._layer(block, make_product) for block in model.blocks)
         self._final_norm = _Norm.of(model.final_norm)
-        self._head = make_product(model.lm_head)
+        # The head stays as it is: the order of logits hangs on it, and it may be the embedding.
+        self._head = (library_product if make_product is float8_product else make_product)(
+            model.lm_head
+        )
+        self.reserve(num_seats=1, num_rows=0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights that are not the model's parameters any more."""
+        return sum(
+            product.nbytes
+            for layer in self._layers
+            for product in (layer.qkv, layer.out, layer.up, layer.down)
+            if isinstance(product, Float8Product)
+        )
+
+    def use_cache(self, cache: KVCache) -> None:
+        """Keys and values are there from now on; the weights stay as they were laid out."""
+        self.backend = replace(self.backend, cache=cache)
+
+    def reserve(self, *, num_seats: int, num_rows: int) -> None:
+        """Seats for drawn tokens, and memory for logits of so many rows that all calls share."""
+        device = self.model.embedding.weight.device
         self.last_tokens: Int[Tensor, " num_seats"] = torch.zeros(
-            1, dtype=torch.int32, device=model.embedding.weight.device
+            num_seats, dtype=torch.int32, device=device
+        )
+        self._logits: Float[Tensor, "num_rows vocab_size"] = torch.empty(
+            num_rows, self.model.config.vocab_size, dtype=torch.float32, device=device
         )
 
     def __call__(
@@ -108,7 +140,10 @@ class FusedForward:
         if not batch.logits_rows.shape[0]:  # the first part of a prompt
             return torch.empty(0, model.config.vocab_size, device=hidden.device)
         normed = self._add_norm(hidden, update, self._final_norm)
-        return self._gather_logits(self._head(normed[batch.logits_rows])).float()
+        logits = self._gather_logits(self._head(normed[batch.logits_rows]))
+        if logits.shape[0] > self._logits.shape[0]:
+            return logits.float()
+        return self._logits[: logits.shape[0]].copy_(logits)
 
     def _add_norm(self, hidden: Tensor, update: Tensor | None, norm: _Norm) -> Tensor:
         normed: Tensor = self.backend.kernels.add_norm(

@@ -108,7 +108,8 @@ class CudaStep:
         queries = kernels.rotary_write(
             qkv, norms, rotary_tables, batch.positions, batch.slot_mapping, keys, values
         )
-        out = torch.zeros_like(queries)  # rows that only pad the batch are nobody's
+        out = torch.empty_like(queries)
+        out[batch.query_start_host[-1] :].zero_()  # rows that only pad the batch are nobody's
         window = backend.config.window(layer)
         decodes = self.plan.num_decodes
         if decodes:

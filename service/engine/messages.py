@@ -29,6 +29,8 @@ class EngineConfig(msgspec.Struct, frozen=True, tag=True):
     block_size: int = 32
     threads: int | None = None
     deterministic: bool = True
+    gpu_memory_utilization: float = 0.9
+    overlap: bool = True
     # (minimum, multiple) that an earlier engine of this server measured: not measured again.
     row_padding: tuple[int, int] | None = None
 

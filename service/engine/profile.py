@@ -10,6 +10,7 @@ class StepProfile:
     """The engine's latest step. Times are seconds; on a GPU, `forward_s` is the time to
     launch the kernels and `sample_s` holds the wait for them."""
 
+    num_decodes: int = 0
     num_tokens: int = 0  # computed: decodes and prompt chunks
     referenced_blocks: int = 0  # at the step's height, before the finished gave theirs back
     schedule_s: float = 0.0  # who runs, and blocks for them

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,9 +24,42 @@ from service.engine.sequence import Sequence
 NOTHING_SAMPLED = SampledTokens(torch.empty(0, dtype=torch.int64))
 
 
+class Result(Protocol):
+    """A launched step."""
+
+    def read(self, profile: StepProfile) -> SampledTokens:
+        """Its tokens, once they are there; row i belongs to the i-th item of the step that
+        samples. The wait is added to `profile`."""
+        ...
+
+
+class StepRunner(Protocol):
+    """Runs the model over what the scheduler chose."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]: ...
+
+    def launch(self, step: list[Scheduled], profile: StepProfile) -> Result:
+        """Start a forward and a draw. The time each part took is added to `profile`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A step whose tokens were there when it returned."""
+
+    tokens: SampledTokens
+
+    def read(self, profile: StepProfile) -> SampledTokens:
+        return self.tokens
+
+
 @dataclass(frozen=True, slots=True)
 class Runner:
-    """Runs the model over what the scheduler chose."""
+    """The plain runner: fresh tensors for each step, and nothing returns before it is done."""
 
     forward: Forward
     config: ModelConfig
@@ -37,6 +71,10 @@ class Runner:
     padding: RowPadding
     # Called between layers with the step's number of tokens: a sign of life.
     heartbeat: Callable[[int], None] | None = None
+
+    def launch(self, step: list[Scheduled], profile: StepProfile) -> Done:
+        """Here launched is done."""
+        return Done(self.run(step, profile))
 
     @torch.inference_mode()
     def run(self, step: list[Scheduled], profile: StepProfile) -> SampledTokens:
