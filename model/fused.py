@@ -140,7 +140,7 @@ class FusedForward:
         if not batch.logits_rows.shape[0]:  # the first part of a prompt
             return torch.empty(0, model.config.vocab_size, device=hidden.device)
         normed = self._add_norm(hidden, update, self._final_norm)
-        logits = self._gather_logits(self._head(normed[batch.logits_rows]))
+        logits = self._gather_logits(self._head(normed.index_select(0, batch.logits_rows)))
         if logits.shape[0] > self._logits.shape[0]:
             return logits.float()
         return self._logits[: logits.shape[0]].copy_(logits)

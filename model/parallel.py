@@ -4,7 +4,7 @@ Products whose outputs are cut (query, key, value; gate, up) need nothing from t
 whose inputs are cut (out, down) give partial sums, added up by all (Shoeybi et al. 2019,
 arXiv:1909.08053, section 3). Heads are cut whole, with the KV heads that they share, so that the
 cache is cut too. The head gives each GPU a run of the vocabulary, put together before tokens are
-drawn; embeddings and norms are everywhere. So a layer has two sums, and all GPUs draw the same token.
+drawn; embeddings and norms are everywhere. So a layer has two sums, and all GPUs draw the same.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from model.config import ConfigError, ModelConfig
-from model.layers import SwiGLUMLP
+from model.layers import GeluMLP, SwiGLUMLP
 from model.linear import Linear
 from model.transformer import Block, Transformer
 
@@ -88,12 +88,15 @@ def _fill_block(ours: nn.Module, whole: nn.Module, config: ModelConfig, group: G
     sizes = (config.query_size, config.kv_size, config.kv_size)
     _fill_outputs(ours.attention.qkv, whole.attention.qkv, sizes, group)
     _fill_inputs(ours.attention.out, whole.attention.out, group)
-    if isinstance(ours.mlp, SwiGLUMLP):
-        halves = (config.intermediate_size,) * 2
-        _fill_outputs(ours.mlp.gate_up, whole.mlp.gate_up, halves, group)
+    width = config.intermediate_size
+    if isinstance(ours.mlp, SwiGLUMLP) and isinstance(whole.mlp, SwiGLUMLP):
+        _fill_outputs(ours.mlp.gate_up, whole.mlp.gate_up, (width, width), group)
+        _fill_inputs(ours.mlp.down, whole.mlp.down, group)
+    elif isinstance(ours.mlp, GeluMLP) and isinstance(whole.mlp, GeluMLP):
+        _fill_outputs(ours.mlp.up, whole.mlp.up, (width,), group)
+        _fill_inputs(ours.mlp.down, whole.mlp.down, group)
     else:
-        _fill_outputs(ours.mlp.up, whole.mlp.up, (config.intermediate_size,), group)
-    _fill_inputs(ours.mlp.down, whole.mlp.down, group)
+        raise TypeError(f"an MLP of {type(whole.mlp).__name__}")
 
 
 def _fill_outputs(ours: Linear, whole: Linear, sizes: tuple[int, ...], group: Group) -> None:

@@ -102,7 +102,7 @@ def largest_step(
         positions=ints([0] * starts[-1]),
         query_start=ints(list(starts)),
         context_lens=ints([min(length, longest) for length in lengths]),
-        block_tables=torch.zeros(rows, limits.max_model_len, dtype=torch.int32, device=device),
+        block_tables=torch.zeros(rows, longest, dtype=torch.int32, device=device),
         slot_mapping=ints([-1] * starts[-1]),
         logits_rows=ints([end - 1 for end in starts[1:]]),
         query_start_host=starts,
