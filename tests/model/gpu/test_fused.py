@@ -35,12 +35,9 @@ def on_device(batch: ForwardBatch, device: torch.device) -> ForwardBatch:
 FAST = ("gpt2: tied",)
 # What differs to this code; the rest of the cases differs to the loader.
 SLOW = (
-    "gpt2: untied, n_inner 100, exact GELU",
-    "llama: grouped-query, head_dim 24",
     "llama: biases everywhere",
     "llama: yarn rope, mscale, not truncated",
     "mistral: window 16",
-    "qwen2: tied, multi-query",
     "qwen3: tied, head_dim 8, biases",
 )
 
@@ -54,14 +51,11 @@ SLOW = (
     ],
 )
 def test_logits_are_those_of_transformers(case: Case, tmp_path: Path) -> None:
-    """A prompt whole, and in chunks, over pages in disorder."""
+    """A prompt in two chunks, over pages in disorder."""
     oracle = make_oracle(case, tmp_path)
-    checkpoint = load_checkpoint(tmp_path)
-    ids = prompt(20)
-    theirs = oracle.logits(ids)
-    for chunk in (20, 9):
-        ours = our_logits(checkpoint, "cuda", ids, chunk)
-        assert float((ours - theirs).abs().max()) <= BOUND, f"chunks of {chunk}"
+    ids = prompt(19)
+    ours = our_logits(load_checkpoint(tmp_path), "cuda", ids, 12)
+    assert float((ours - oracle.logits(ids)).abs().max()) <= BOUND
 
 
 @pytest.mark.parametrize("config", [TINY_COMPILED, TINY_GPT2], ids=["rmsnorm", "layernorm"])

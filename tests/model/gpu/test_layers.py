@@ -19,7 +19,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [16, 48, 768])
+@pytest.mark.parametrize("size", [48, 768])
 @pytest.mark.parametrize("is_layernorm", [False, True])
 @pytest.mark.parametrize("has_update", [False, True])
 def test_add_norm(dtype: torch.dtype, size: int, is_layernorm: bool, has_update: bool) -> None:
@@ -58,7 +58,7 @@ def test_embed(has_positions: bool) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("has_norm", [False, True])
 @pytest.mark.parametrize("has_rotary", [False, True])
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(6, 2, 20), (9, 3, 16), (4, 4, 64)])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(6, 2, 20), (9, 3, 16)])
 def test_rotary_write(
     dtype: torch.dtype, has_norm: bool, has_rotary: bool, heads: int, kv_heads: int, dim: int
 ) -> None:
