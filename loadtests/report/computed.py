@@ -13,7 +13,7 @@ import torch
 
 from loadtests.report.records import Roof
 from model.families import read_config
-from service.bench.traffic import Traffic, traffic_of
+from service.engine.traffic import Traffic, traffic_of
 
 BYTES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

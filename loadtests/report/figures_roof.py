@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from loadtests.report import computed, style
 from loadtests.report.drawing import LARGE, Drawing, Material, name_of
-from service.bench.traffic import Traffic
+from service.engine.traffic import Traffic
 
 BATCHES = (1, 8, 32, 256)
 CONTEXT = 512
