@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Generator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,6 +19,8 @@ from model.attention import SelfAttention, causal_mask, scaled_dot_product
 from model.explain.recording import NONE, Ablation, ExplainError, Progress, Recording
 from model.positions import RotaryPositions
 from model.transformer import Transformer
+
+Result = TypeVar("Result")
 
 ROWS = 32  # tokens that a piece of work takes through one layer
 HEAD_ROWS = 8  # tokens whose logits one piece of work computes: a vocabulary is wide
@@ -100,6 +103,16 @@ def continue_greedily(
         for _ in logits_of(model, newest, logits):
             yield Progress(done + 1, total)
     return chosen
+
+
+def complete(pieces: Generator[object, None, Result]) -> Result:
+    """All pieces of a run at once, where nobody waits."""
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
 
 
 def logits_of(
