@@ -150,7 +150,8 @@ class _Run:
         self.queries = like.new_empty(layers, room, config.num_heads, width)
         self.keys = like.new_empty(layers, room, config.num_kv_heads, width)
         self.values = torch.empty_like(self.keys)
-        self.attention = like.new_zeros(
+        # Filled piece by piece, zeros too: at once, a large one would be a long piece.
+        self.attention = like.new_empty(
             len(kept), config.num_heads, room, room, dtype=torch.float32
         )
 
@@ -200,7 +201,9 @@ class _RecordingStep:
             queries.float().transpose(0, 1), k, v, self._visible(layer).to(qkv.device)
         )
         if layer in run.kept:
-            run.attention[run.kept.index(layer), :, rows, : rows.stop] = weights
+            kept = run.attention[run.kept.index(layer), :, rows]
+            kept[:, :, : rows.stop] = weights
+            kept[:, :, rows.stop :] = 0
         for at, head in run.ablation.heads:
             if at == layer:
                 mixed[head] = 0
