@@ -59,6 +59,7 @@ class SelfAttention(nn.Module):
         self.layer = layer
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         self.head_dim = config.head_dim
+        self.window = config.window(layer)
         # One product for all three; rows are [queries | keys | values].
         self.qkv = Linear(
             config.hidden_size, config.query_size + 2 * config.kv_size, bias=config.qkv_bias

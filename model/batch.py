@@ -16,25 +16,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from model.config import ModelConfig
-
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """Sequences of a batch whose last query somebody wants to follow (model/explain/attended.py).
+    """Sequences of a batch whose last query somebody wants to follow: the forward adds that
+    query's attention weights up. Made by `watch` in model/explain/attended.py, once a step."""
 
-    The forward puts row i of `queries` where sequence seqs[i] of the batch looks from: normed,
-    turned to its position and divided by sqrt(head_dim), in every layer.
-    """
-
-    seqs: tuple[int, ...]
-    queries: Float[Tensor, "num_watched num_layers num_heads head_dim"]
-
-    @classmethod
-    def over(cls, seqs: tuple[int, ...], config: ModelConfig, device: torch.device) -> Watch:
-        """With room for the queries of `seqs`, which are numbers of sequences in a batch."""
-        shape = (len(seqs), config.num_layers, config.num_heads, config.head_dim)
-        return cls(seqs, torch.empty(shape, dtype=torch.float32, device=device))
+    seqs: tuple[int, ...]  # numbers of sequences in the batch: the rows of what follows
+    heads: tuple[tuple[int, int, int], ...]  # (row, layer, head) chosen, row after row
+    # Zeros before the step; columns are positions, rounded up to whole blocks.
+    sums: Float[Tensor, "num_rows num_kv_heads columns"]  # over layers, and heads of a KV head
+    chosen: Float[Tensor, "num_chosen columns"]  # of each of `heads`
 
 
 @dataclass(frozen=True, slots=True)

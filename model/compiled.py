@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections import Counter
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from model.batch import ForwardBatch
+from model.batch import ForwardBatch, Watch
 from model.config import ModelConfig
-from model.explain.attended import Attended, ChosenHead
-from model.forward import Heartbeat, watched
+from model.forward import Heartbeat
 from model.kernels import native, structs
-from model.kernels.attended import attended
 from model.kernels.native import LANES
 from model.kernels.packing import PANEL_OUTPUTS, PackedLinear, WeightKind, pack
 from model.kv_cache import KVCache
@@ -31,6 +30,7 @@ from model.transformer import Block, Transformer
 
 MAX_HEAD_DIM = 256
 MAX_BLOCK_SIZE = 128
+JOB_ROWS = 4  # rows of queries that a kernel computes at once
 JOB_QUERIES = 32  # queries of a chunk that one thread takes at a time
 
 
@@ -152,16 +152,12 @@ class CompiledForward:
             )
             step.panels = panels.data_ptr()
         if batch.watch is not None:
-            rows_of = torch.full((batch.num_seqs,), -1, dtype=torch.int64)
-            rows_of[list(batch.watch.seqs)] = torch.arange(len(batch.watch.seqs))
-            step.watched, step.queries = rows_of.data_ptr(), batch.watch.queries.data_ptr()
+            watched = _Watched(batch, batch.watch, self._cache.block_size, threads)
+            step.watch = ctypes.pointer(watched.struct)
         logits = self._scratch.at_least("logits", num_logits, config.vocab_size, torch.float32)
         step.logits = logits.data_ptr()
         self._library.vitrine_forward(ctypes.byref(self._struct), ctypes.byref(step))
         return logits
-
-    def attended(self, batch: ForwardBatch, chosen: Sequence[ChosenHead]) -> Attended:
-        return attended(self._struct, batch, watched(batch), chosen)
 
     def _layer(self, block: nn.Module, layer: int) -> structs.Layer:
         if not isinstance(block, Block):
@@ -203,6 +199,35 @@ class CompiledForward:
 
     def _vector(self, norm: RMSNorm | None) -> int | None:
         return None if norm is None else self._norm(norm).weight
+
+
+class _Watched:
+    """A watch as the kernel takes it, with what it points into."""
+
+    def __init__(self, batch: ForwardBatch, watch: Watch, block_size: int, threads: int) -> None:
+        columns, longest = watch.sums.shape[2], max(batch.context_lens_host[s] for s in watch.seqs)
+        if longest > columns or columns % block_size:
+            raise ValueError(
+                f"a watch of {columns} positions, in a cache of blocks of {block_size}, over a "
+                f"sequence of {longest}"
+            )
+        rows = [-1] * batch.num_seqs
+        for row, seq in enumerate(watch.seqs):
+            rows[seq] = row
+        counts = Counter(row for row, _, _ in watch.heads)
+        starts = [0, *accumulate(counts[row] for row in range(len(watch.seqs)))]
+        chosen = [number for _, *numbers in watch.heads for number in numbers]
+        self.numbers = [torch.tensor(x, dtype=torch.int64) for x in (rows, starts, chosen)]
+        self.scores = torch.empty(threads, JOB_ROWS, columns)
+        self.struct = structs.Watch(
+            stride=columns,
+            rows=self.numbers[0].data_ptr(),
+            sums=watch.sums.data_ptr(),
+            chosen_start=self.numbers[1].data_ptr(),
+            chosen=self.numbers[2].data_ptr(),
+            chosen_weights=watch.chosen.data_ptr(),
+            scores=self.scores.data_ptr(),
+        )
 
 
 def _jobs(batch: ForwardBatch) -> Tensor:

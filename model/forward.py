@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from model.attention import SelfAttention
 from model.backends.base import AttentionBackend, AttentionStep
-from model.batch import ForwardBatch, Watch
-from model.explain.attended import Attended, ChosenHead, KeepingQueries, attended_torch
+from model.batch import ForwardBatch
+from model.explain.attended import Watching
 from model.positions import RotaryPositions
 from model.transformer import Transformer
 
@@ -25,7 +25,7 @@ Heartbeat = Callable[[], None]
 
 
 class Forward(Protocol):
-    """Runs a batch through the model."""
+    """Runs a batch through the model, and fills its `watch` if it has one."""
 
     def __call__(
         self, batch: ForwardBatch, heartbeat: Heartbeat | None = None
@@ -35,12 +35,6 @@ class Forward(Protocol):
 
         `heartbeat` is called between layers, from this thread: a long step shows that it gets
         on, a hanging one that it does not."""
-        ...
-
-    def attended(self, batch: ForwardBatch, chosen: Sequence[ChosenHead]) -> Attended:
-        """Where the sequences of `batch.watch` looked in the call before this one, which was
-        with this batch; `chosen` as model/explain/attended.py's `chosen_heads` makes it.
-        Raises `ValueError` for a batch that watches nothing."""
         ...
 
 
@@ -56,7 +50,7 @@ class EagerForward:
     ) -> Float[Tensor, "num_logits vocab_size"]:
         attend = self.backend.begin(batch)
         if batch.watch is not None:
-            attend = KeepingQueries(attend, batch, batch.watch)
+            attend = Watching(attend, self.backend.cache, batch, batch.watch)
         if heartbeat is not None:
             attend = _beating(attend, heartbeat)
         hidden = self.model(batch.input_ids, batch.positions, attend)
@@ -64,16 +58,6 @@ class EagerForward:
             return torch.empty(0, self.model.config.vocab_size)
         logits: Tensor = self.model.logits(hidden[batch.logits_rows])
         return logits
-
-    def attended(self, batch: ForwardBatch, chosen: Sequence[ChosenHead]) -> Attended:
-        return attended_torch(self.model.config, self.backend.cache, batch, watched(batch), chosen)
-
-
-def watched(batch: ForwardBatch) -> Watch:
-    """The batch's watch. Raises `ValueError` when there is none."""
-    if batch.watch is None:
-        raise ValueError("nothing was watched in this batch")
-    return batch.watch
 
 
 def _beating(attend: AttentionStep, heartbeat: Heartbeat) -> AttentionStep:

@@ -233,6 +233,11 @@ class IncrementalDecoder:
             return ""
         return self._strip(self._utf8.decode(b"".join(parts)))
 
+    @property
+    def is_within_character(self) -> bool:
+        """Whether the ids so far end in a part of a character."""
+        return bool(self._utf8.getstate()[0])
+
     def flush(self) -> str:
         """The rest at the end: bytes that never became a character, as U+FFFD."""
         return self._strip(self._utf8.decode(b"", final=True))

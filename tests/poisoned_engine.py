@@ -1,8 +1,9 @@
 """The real engine, at fault with one prompt: `POISON=FAULT python -m tests.poisoned_engine`.
 
-The forward of a step in which a sequence begins with POISONED_PROMPT raises, runs out of memory,
-aborts the process, leaves it, hangs, or takes LAYER_S for each layer; with `unborn` the process
-dies whenever it is to load the model. `tests.poisoned_server` is a server with this engine.
+The forward of a step in which a sequence begins with POISONED_PROMPT, or an explanation of a text
+that does, raises, runs out of memory, aborts the process, leaves it, hangs, or takes LAYER_S for
+each layer; with `unborn` the process dies whenever it is to load the model.
+`tests.poisoned_server` is a server with this engine.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ from model.kernels import native
 from model.kernels.native import NativeKernelError
 from model.sampling import SampledTokens
 from model.transformer import Block
-from service.engine import loop
+from service.engine import loop, start
+from service.engine.explain_messages import Explain
+from service.engine.guests import Work
 from service.engine.profile import StepProfile
 from service.engine.runner import Runner
 from service.engine.scheduler import Scheduled
+from service.engine.sights import Sights
 
 POISONED_PROMPT = [7, 7, 7, 7]
 LAYER_S = 0.8
@@ -78,13 +82,23 @@ def poisoned(fault: str) -> None:
         native.load = no_compiler  # layers that Python can slow down
     healthy = Runner.run
 
-    def run(self: Runner, step: list[Scheduled], profile: StepProfile) -> SampledTokens:
+    def run(
+        self: Runner, step: list[Scheduled], profile: StepProfile
+    ) -> tuple[SampledTokens, Sights]:
         for item in step:
             if item.sequence.token_ids[: len(POISONED_PROMPT)] == POISONED_PROMPT:
                 FAULTS[fault]()
         return healthy(self, step, profile)
 
     Runner.run = run  # type: ignore[method-assign]
+    explain = start.explain
+
+    def poisoned_explain(model: Any, eos: Any, request: Explain, send: Any) -> Work:
+        if request.token_ids[: len(POISONED_PROMPT)] == POISONED_PROMPT:
+            FAULTS[fault]()
+        return (yield from explain(model, eos, request, send))
+
+    start.explain = poisoned_explain
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
 """Where the queries looked that chose a step's tokens, for the few sequences that somebody
 watches: what a stream can show token by token.
 
-The forward keeps the watched queries (`Watch` in model/batch.py); after it, the weights are
-computed once more over the pages. `attended_torch` is the plain way, and the twin of
-model/kernels/attended.c.
+    watching = watch(config, contexts, heads, ...)     before a step
+    forward(batch with watch=watching)                 adds the weights up on its way
+    glances(config, watching, 8)                       the strongest positions
+
+model/kernels/attention.c does it in the compiled forward; its twin, which serves every other
+backend, is `Watching`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,79 +22,79 @@ from model.attention import SelfAttention
 from model.backends.base import AttentionStep
 from model.batch import ForwardBatch, Watch
 from model.config import ModelConfig
-from model.explain.recording import ExplainError
+from model.explain.recording import check_head
 from model.kv_cache import KVCache
 from model.positions import RotaryPositions
-
-# (row in the watch, layer, head)
-ChosenHead = tuple[int, int, int]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Attended:
-    """Attention weights of watched queries, 0 beyond a query's own context."""
-
-    mean: Float[Tensor, "num_watched max_context"]  # over all layers and heads
-    heads: Float[Tensor, "num_chosen max_context"]
 
 
 @dataclass(frozen=True, slots=True)
 class Glance:
-    """A position and the share of attention that it got."""
+    """Where a query looked most, strongest first, and the shares of its attention that those
+    positions got. Fewer than were asked for where the rest got nothing."""
 
-    position: int
-    weight: float
+    positions: list[int]
+    weights: list[float]
 
 
 @dataclass(frozen=True, slots=True)
 class Glances:
-    """Where one query looked most, strongest first: over all layers and heads, and in each of
-    the heads that were asked for. Fewer than asked for where the rest got nothing."""
+    """One query's: over all layers and heads, and in each of the heads that were chosen."""
 
-    mean: list[Glance]
-    heads: list[list[Glance]]
-
-
-def glances(
-    attended: Attended, heads: Sequence[Sequence[tuple[int, int]]], num: int
-) -> list[Glances]:
-    """The `num` strongest positions of every watched row; `heads` are those given to
-    `chosen_heads`, row by row."""
-    mean, chosen = _strongest(attended.mean, num), iter(_strongest(attended.heads, num))
-    return [
-        Glances(row, [next(chosen) for _ in of_row])
-        for row, of_row in zip(mean, heads, strict=True)
-    ]
+    mean: Glance
+    heads: list[Glance]
 
 
-def chosen_heads(
-    config: ModelConfig, heads: Sequence[Sequence[tuple[int, int]]]
-) -> list[ChosenHead]:
-    """The (layer, head) pairs of each watched row as one list. Raises `ExplainError` for a
-    head that the model does not have."""
-    for of_row in heads:
-        for layer, head in of_row:
-            if not (0 <= layer < config.num_layers and 0 <= head < config.num_heads):
-                raise ExplainError(
-                    f"there is no head {head} in layer {layer}: the model has "
-                    f"{config.num_layers} layers of {config.num_heads} heads"
-                )
-    return [(row, layer, head) for row, of_row in enumerate(heads) for layer, head in of_row]
+def watch(
+    config: ModelConfig,
+    heads: Mapping[int, Sequence[tuple[int, int]]],
+    longest_context: int,
+    block_size: int,
+    device: torch.device | str = "cpu",
+) -> Watch:
+    """A watch over the sequences that are the keys of `heads`, by their numbers in the batch;
+    the values are the (layer, head) pairs wanted of each. `longest_context`: the most keys that
+    one of them sees in the step. Raises `ExplainError` for a head that is not there."""
+    chosen = [(row, *pair) for row, pairs in enumerate(heads.values()) for pair in pairs]
+    for _, layer, head in chosen:
+        check_head(config, layer, head)
+    columns = -(-longest_context // block_size) * block_size
+    return Watch(
+        tuple(heads),
+        tuple(chosen),
+        torch.zeros(len(heads), config.num_kv_heads, columns, device=device),
+        torch.zeros(len(chosen), columns, device=device),
+    )
 
 
-def _strongest(weights: Float[Tensor, "rows max_context"], num: int) -> list[list[Glance]]:
+def mean_weights(config: ModelConfig, watch: Watch) -> Float[Tensor, "num_rows columns"]:
+    """Each watched query's weights over all layers and heads, after the step; rows sum to 1."""
+    return watch.sums.sum(dim=1) / (config.num_layers * config.num_heads)
+
+
+def glances(config: ModelConfig, watch: Watch, num: int) -> list[Glances]:
+    """The `num` strongest positions of every watched sequence, after the step."""
+    found = [Glances(row, []) for row in _strongest(mean_weights(config, watch), num)]
+    for (row, _, _), positions in zip(watch.heads, _strongest(watch.chosen, num), strict=True):
+        found[row].heads.append(positions)
+    return found
+
+
+def _strongest(weights: Float[Tensor, "rows columns"], num: int) -> list[Glance]:
     top = weights.topk(min(num, int(weights.shape[1])), dim=1)
-    return [
-        [Glance(p, w) for p, w in zip(positions, values, strict=True) if w > 0]
-        for positions, values in zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    ]
+    found = []
+    for positions, shares in zip(top.indices.tolist(), top.values.tolist(), strict=True):
+        count = len(shares) - shares.count(0.0)  # they stand at the end
+        found.append(Glance(positions[:count], shares[:count]))
+    return found
 
 
 @dataclass(frozen=True, slots=True)
-class KeepingQueries:
-    """An attention step that puts the watched queries aside, whatever the backend."""
+class Watching:
+    """An attention step, and after it the watched queries' weights over the keys in the cache,
+    whatever the backend."""
 
     attend: AttentionStep
+    cache: KVCache
     batch: ForwardBatch
     watch: Watch
 
@@ -101,42 +104,30 @@ class KeepingQueries:
         qkv: Float[Tensor, "num_tokens qkv_size"],
         rotary: RotaryPositions | None,
     ) -> Float[Tensor, "num_tokens query_size"]:
+        mixed = self.attend(attention, qkv, rotary)
         rows = [self.batch.query_start_host[seq + 1] - 1 for seq in self.watch.seqs]
         if rotary is not None:
             positions = rotary.positions[rows]
-            rotary_rows = RotaryPositions(rotary.cos_table, rotary.sin_table, positions)
-        else:
-            rotary_rows = None
-        queries, _, _ = attention.heads(qkv[rows], rotary_rows)
-        self.watch.queries[:, attention.layer] = queries.float() * attention.head_dim**-0.5
-        return self.attend(attention, qkv, rotary)
+            rotary = RotaryPositions(rotary.cos_table, rotary.sin_table, positions)
+        queries, _, _ = attention.heads(qkv[rows], rotary)
+        for row in range(len(rows)):
+            self._add(attention, row, queries[row].float())
+        return mixed
 
-
-def attended_torch(
-    config: ModelConfig,
-    cache: KVCache,
-    batch: ForwardBatch,
-    watch: Watch,
-    chosen: Sequence[ChosenHead],
-) -> Attended:
-    """The weights, layer by layer and sequence by sequence, from the keys in the cache."""
-    contexts = [batch.context_lens_host[seq] for seq in watch.seqs]
-    mean = watch.queries.new_zeros(len(contexts), max(contexts))
-    heads = watch.queries.new_zeros(len(chosen), max(contexts))
-    for row, (seq, context) in enumerate(zip(watch.seqs, contexts, strict=True)):
-        table = batch.block_tables[seq, : -(-context // cache.block_size)]
-        for layer in range(config.num_layers):
-            # (blocks, kv_heads, d, block_size) -> (kv_heads, d, keys)
-            pages = cache.keys[layer][table].permute(1, 2, 0, 3).flatten(2)
-            keys = pages[:, :, :context].float()
-            queries = watch.queries[row, layer].unflatten(0, (config.num_kv_heads, -1))
-            scores = (queries @ keys).flatten(0, 1)
-            window = config.window(layer)
-            if window is not None:
-                scores[:, : max(context - window, 0)] = -torch.inf
-            weights = torch.softmax(scores, dim=-1)
-            mean[row, :context] += weights.sum(dim=0)
-            for i, (of_row, of_layer, head) in enumerate(chosen):
-                if (of_row, of_layer) == (row, layer):
-                    heads[i, :context] = weights[head]
-    return Attended(mean / (config.num_layers * config.num_heads), heads)
+    def _add(
+        self, attention: SelfAttention, row: int, queries: Float[Tensor, "num_heads head_dim"]
+    ) -> None:
+        seq, layer, cache = self.watch.seqs[row], attention.layer, self.cache
+        context = self.batch.context_lens_host[seq]
+        table = self.batch.block_tables[seq, : -(-context // cache.block_size)]
+        # (blocks, kv_heads, d, block_size) -> (kv_heads, d, keys)
+        keys = cache.keys[layer][table].permute(1, 2, 0, 3).flatten(2)[:, :, :context].float()
+        scores = queries.unflatten(0, (attention.num_kv_heads, -1)) @ keys
+        scores *= attention.head_dim**-0.5
+        if attention.window is not None:
+            scores[:, :, : max(context - attention.window, 0)] = -torch.inf
+        weights = torch.softmax(scores, dim=-1)
+        self.watch.sums[row, :, :context] += weights.sum(dim=1)
+        for i, (of_row, of_layer, head) in enumerate(self.watch.heads):
+            if (of_row, of_layer) == (row, layer):
+                self.watch.chosen[i, :context] = weights.flatten(0, 1)[head]

@@ -16,6 +16,15 @@ class ExplainError(ValueError):
     """What was asked for cannot be shown of this model and text; the message has the numbers."""
 
 
+def check_head(config: ModelConfig, layer: int, head: int) -> None:
+    """Raises `ExplainError` for a head that the model does not have."""
+    if not (0 <= layer < config.num_layers and 0 <= head < config.num_heads):
+        raise ExplainError(
+            f"there is no head {head} in layer {layer}: the model has "
+            f"{config.num_layers} layers of {config.num_heads} heads"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Ablation:
     """What a run must do without.
@@ -32,11 +41,7 @@ class Ablation:
         """Raises `ExplainError` for a head or an edge that is not there, and where a query
         would be left without any key: the softmax of nothing is no distribution."""
         for layer, head in sorted(self.heads):
-            if not (0 <= layer < config.num_layers and 0 <= head < config.num_heads):
-                raise ExplainError(
-                    f"there is no head {head} in layer {layer}: the model has "
-                    f"{config.num_layers} layers of {config.num_heads} heads"
-                )
+            check_head(config, layer, head)
         for query, key in sorted(self.edges):
             if not 0 <= key <= query < num_tokens:
                 raise ExplainError(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.explain.record import HEAD_ROWS, logits_of
-from model.explain.recording import ExplainError, Recording
+from model.explain.recording import ExplainError, Recording, check_head
 from model.transformer import Transformer
 
 
@@ -124,11 +124,7 @@ def head_steps(
 ) -> HeadSteps:
     """The equation in numbers, for one head of one layer and one query. Raises `ExplainError`
     for one that is not there."""
-    if not (0 <= layer < config.num_layers and 0 <= head < config.num_heads):
-        raise ExplainError(
-            f"there is no head {head} in layer {layer}: the model has {config.num_layers} "
-            f"layers of {config.num_heads} heads"
-        )
+    check_head(config, layer, head)
     if not 0 <= query < recording.num_tokens:
         raise ExplainError(f"query {query} was asked for; there are {recording.num_tokens} tokens")
     kv_head = head // (config.num_heads // config.num_kv_heads)

@@ -11,6 +11,7 @@
 #include "vectors.h"
 
 #include <math.h>
+#include <omp.h>
 
 #define ROWS_MAX 4
 #define DIM_MAX (MAX_HEAD_DIM / LANES)
@@ -32,11 +33,12 @@ INLINE void prefetch(const void *base, int64_t at, int is_bf16) {
 }
 
 /* `rows` queries of one KV head (compile-time 1 or 4) against a sequence's keys.
- * q: (rows, head_dim) float32, already scaled. limit[r]: keys that row r sees, from first[r]. */
+ * q: (rows, head_dim) float32, already scaled. limit[r]: keys that row r sees, from first[r].
+ * kept: NULL, or where the scores of each row go; NULL for a row that nobody watches. */
 INLINE void attend_rows(
     const int rows, const int dim_lanes, const int block_lanes, const int is_bf16,
     const Model *s, int64_t head, const void *keys, const void *values, const int64_t *table,
-    const float *q, const int64_t *first, const int64_t *limit, float *out) {
+    const float *q, const int64_t *first, const int64_t *limit, float *const *kept, float *out) {
     const int64_t d = s->head_dim, size = s->block_size;
     const int nd = dim_lanes ? dim_lanes : (int)(d / LANES);
     const int nb = block_lanes ? block_lanes : (int)(size / LANES);
@@ -83,6 +85,7 @@ INLINE void attend_rows(
                               (position < splat((float)first[r]));
                 score[r][b] = choose(hidden, splat(-INFINITY), score[r][b]);
                 top = choose(score[r][b] > top, score[r][b], top);
+                if (kept && kept[r]) store(kept[r], tile * size + b * LANES, score[r][b], 0);
             }
             float tile_top = max_lane(top);
             if (tile_top > highest[r]) {
@@ -134,17 +137,17 @@ INLINE void attend_rows(
     }
 
 #define CASE(ROWS, ND, NB, BF16)                                                             \
-    attend_rows(ROWS, ND, NB, BF16, s, head, keys, values, table, q, first, limit, out)
+    attend_rows(ROWS, ND, NB, BF16, s, head, keys, values, table, q, first, limit, kept, out)
 
 static __attribute__((noinline)) void attend_four(
     const Model *s, int64_t head, const void *keys, const void *values, const int64_t *table,
-    const float *q, const int64_t *first, const int64_t *limit, float *out) {
+    const float *q, const int64_t *first, const int64_t *limit, float *const *kept, float *out) {
     if (s->is_bf16) BY_DIM(4, 1) else BY_DIM(4, 0)
 }
 
 static __attribute__((noinline)) void attend_one(
     const Model *s, int64_t head, const void *keys, const void *values, const int64_t *table,
-    const float *q, const int64_t *first, const int64_t *limit, float *out) {
+    const float *q, const int64_t *first, const int64_t *limit, float *const *kept, float *out) {
     if (s->is_bf16) BY_DIM(1, 1) else BY_DIM(1, 0)
 }
 
@@ -192,11 +195,36 @@ static void write_cache(const Model *m, const Layer *l, const Step *s, int64_t t
            (size_t)(d * width));
 }
 
-/* Somebody wants to know where this query looks (attended.c). */
-static void keep_query(const Model *m, const Layer *l, const Step *s, int64_t row, int64_t head,
-                       const float *q) {
-    const int64_t at = (row * m->num_layers + (l - m->layers)) * m->num_heads + head;
-    memcpy(s->queries + at * m->head_dim, q, (size_t)m->head_dim * sizeof *q);
+/* A watched query's scores become weights, which are added to those of its row's other heads and
+ * layers. A row's heads of one KV head are one thread's, and layers follow each other: the sums do
+ * not depend on who else is there. */
+static void add_weights(const Model *m, const Layer *l, const Watch *w, int64_t row, int64_t head,
+                        int64_t first, int64_t limit, float *scores) {
+    const int64_t size = m->block_size, begin = first / size * size;
+    const int64_t end = (limit + size - 1) / size * size;
+    const int64_t kv_head = head / (m->num_heads / m->num_kv_heads);
+    float *sums = w->sums + (row * m->num_kv_heads + kv_head) * w->stride;
+    vec top = splat(-INFINITY), total = splat(0);
+    for (int64_t j = begin; j < end; j += LANES) {
+        const vec score = load(scores, j, 0);
+        top = choose(score > top, score, top);
+    }
+    const vec highest = splat(max_lane(top));
+    for (int64_t j = begin; j < end; j += LANES) {
+        const vec power = exp_vec(load(scores, j, 0) - highest);
+        total += power;
+        store(scores, j, power, 0);
+    }
+    const vec share = splat(1.0f / sum_lanes(total));
+    for (int64_t j = begin; j < end; j += LANES) {
+        const vec weight = load(scores, j, 0) * share;
+        store(scores, j, weight, 0);
+        store(sums, j, load(sums, j, 0) + weight, 0);
+    }
+    for (int64_t i = w->chosen_start[row]; i < w->chosen_start[row + 1]; i++)
+        if (w->chosen[i * 2] == l - m->layers && w->chosen[i * 2 + 1] == head)
+            memcpy(w->chosen_weights + i * w->stride + begin, scores + begin,
+                   (size_t)(end - begin) * sizeof *scores);
 }
 
 /* The queries of a job that use one KV head. */
@@ -207,10 +235,13 @@ static void attend(const Model *m, const Layer *l, const Step *s, const int64_t 
     const int64_t *table = s->tables + seq * s->max_blocks;
     /* position of the query in batch row r: context - queries + (r - start) */
     const int64_t base = s->context_lens[seq] - s->query_start[seq + 1];
+    const Watch *w = s->watch;
+    const int64_t watched = w ? w->rows[seq] : -1;
     for (int64_t row = 0; row < num_rows;) {
         const int count = num_rows - row >= ROWS_MAX ? ROWS_MAX : 1;
         float q[ROWS_MAX * MAX_HEAD_DIM], mixed[ROWS_MAX * MAX_HEAD_DIM];
         int64_t first[ROWS_MAX], limit[ROWS_MAX], at[ROWS_MAX];
+        float *kept[ROWS_MAX] = {NULL};
         for (int r = 0; r < count; r++) {
             const int64_t token = job[1] + (row + r) / group;
             const int64_t query = head * group + (row + r) % group;
@@ -220,16 +251,21 @@ static void attend(const Model *m, const Layer *l, const Step *s, const int64_t 
             prepare_head(m, s, s->qkv, at[r] + token * 2 * m->num_kv_heads * d, l->query_norm, token,
                          q + r * d);
             for (int64_t i = 0; i < d; i++) q[r * d + i] *= m->scale;
-            if (s->watched && s->watched[seq] >= 0 && token + 1 == s->query_start[seq + 1])
-                keep_query(m, l, s, s->watched[seq], query, q + r * d);
+            if (watched >= 0 && token + 1 == s->query_start[seq + 1])
+                kept[r] = w->scores + (omp_get_thread_num() * ROWS_MAX + r) * w->stride;
         }
+        float *const *keep = watched >= 0 ? kept : NULL;
         if (count == ROWS_MAX)
-            attend_four(m, head, l->keys, l->values, table, q, first, limit, mixed);
+            attend_four(m, head, l->keys, l->values, table, q, first, limit, keep, mixed);
         else
-            attend_one(m, head, l->keys, l->values, table, q, first, limit, mixed);
+            attend_one(m, head, l->keys, l->values, table, q, first, limit, keep, mixed);
         for (int r = 0; r < count; r++)
             for (int64_t i = 0; i < d; i += LANES)
                 store(s->mixed, at[r] + i, load(mixed, r * d + i, 0), (int)m->is_bf16);
+        for (int r = 0; r < count; r++)
+            if (kept[r])
+                add_weights(m, l, w, watched, head * group + (row + r) % group, first[r], limit[r],
+                            kept[r]);
         row += count;
     }
 }

@@ -52,6 +52,18 @@ typedef struct {
     Linear lm_head;
 } Model;
 
+/* Sequences whose last query somebody watches. Weights go to rows `stride` apart: the longest
+ * context of a watched sequence, rounded up to whole blocks. */
+typedef struct {
+    int64_t stride;
+    const int64_t *rows;         /* (num_seqs): which row of sums; -1: not watched */
+    float *sums;                 /* (rows, num_kv_heads, stride): of weights, over layers and heads */
+    const int64_t *chosen_start; /* (rows + 1): where a row's chosen heads begin */
+    const int64_t *chosen;       /* (num_chosen, 2): layer, head */
+    float *chosen_weights;       /* (num_chosen, stride) */
+    float *scores;               /* scratch, (num_threads, 4, stride) */
+} Watch;
+
 typedef struct {
     int64_t num_threads, num_tokens, max_blocks, num_jobs, num_logits;
     const int64_t *positions, *slots;   /* (num_tokens) */
@@ -64,24 +76,9 @@ typedef struct {
     void *normed, *qkv, *mixed, *gated; /* scratch, (num_tokens, ...) each */
     void *panels;                       /* INT8: scratch, (num_threads, 64 max in_features) bf16 */
     float *logits;                      /* (num_logits, vocab_size) */
-    const int64_t *watched;             /* (num_seqs): whose last query is kept, as which row of */
-    float *queries;                     /* (rows, num_layers, num_heads, head_dim); -1: not; NULL */
+    const Watch *watch;                 /* or NULL */
     void (*heartbeat)(void);            /* called between layers now and then, or NULL */
 } Step;
-
-/* Where watched rows looked (attended.c). Rows of weights are `stride` apart: the longest context,
- * rounded up to whole blocks. */
-typedef struct {
-    int64_t num_threads, num_rows, num_chosen, stride, max_blocks;
-    const float *queries;    /* (num_rows, num_layers, num_heads, head_dim), scaled */
-    const int64_t *contexts; /* (num_rows): keys that a row's query sees */
-    const int64_t *tables;   /* (num_rows, max_blocks) */
-    const int64_t *chosen;   /* (num_chosen, 3): row, layer, head */
-    float *partial;          /* scratch, (num_rows, num_layers, stride) */
-    float *weights;          /* scratch, (num_threads, stride) */
-    float *mean;             /* (num_rows, stride): over all layers and heads */
-    float *heads;            /* (num_chosen, stride), zeros before */
-} Watch;
 
 /* Where a product goes. */
 typedef struct {

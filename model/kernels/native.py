@@ -17,10 +17,10 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from model.kernels.structs import ATTENDED_ARGUMENTS, FORWARD_ARGUMENTS, PRODUCT_ARGUMENTS
+from model.kernels.structs import FORWARD_ARGUMENTS, PRODUCT_ARGUMENTS
 
 SOURCES = tuple(
-    Path(__file__).with_name(f"{name}.c") for name in ("forward", "linear", "attention", "attended")
+    Path(__file__).with_name(f"{name}.c") for name in ("forward", "linear", "attention")
 )
 HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("kernels", "vectors"))
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fopenmp", "-fPIC", "-shared")
@@ -44,7 +44,6 @@ def load() -> ctypes.CDLL:
         raise NativeKernelError(f"{path.name} does not load: {error}") from error
     for function, arguments in (
         (library.vitrine_forward, FORWARD_ARGUMENTS),
-        (library.vitrine_attended, ATTENDED_ARGUMENTS),
         (library.vitrine_product, PRODUCT_ARGUMENTS),
     ):
         function.argtypes, function.restype = list(arguments), None

@@ -70,6 +70,20 @@ class Model(Structure):
     ]
 
 
+class Watch(Structure):
+    """Sequences whose last query's attention weights are kept."""
+
+    _fields_: ClassVar = [
+        ("stride", c_int64),
+        ("rows", c_void_p),
+        ("sums", c_void_p),
+        ("chosen_start", c_void_p),
+        ("chosen", c_void_p),
+        ("chosen_weights", c_void_p),
+        ("scores", c_void_p),
+    ]
+
+
 class Step(Structure):
     """One forward."""
 
@@ -93,34 +107,12 @@ class Step(Structure):
         ("gated", c_void_p),
         ("panels", c_void_p),
         ("logits", c_void_p),
-        ("watched", c_void_p),
-        ("queries", c_void_p),
+        ("watch", POINTER(Watch)),
         ("heartbeat", Heartbeat),
     ]
 
 
-class Watch(Structure):
-    """Rows whose attention somebody wants to see."""
-
-    _fields_: ClassVar = [
-        ("num_threads", c_int64),
-        ("num_rows", c_int64),
-        ("num_chosen", c_int64),
-        ("stride", c_int64),
-        ("max_blocks", c_int64),
-        ("queries", c_void_p),
-        ("contexts", c_void_p),
-        ("tables", c_void_p),
-        ("chosen", c_void_p),
-        ("partial", c_void_p),
-        ("weights", c_void_p),
-        ("mean", c_void_p),
-        ("heads", c_void_p),
-    ]
-
-
 FORWARD_ARGUMENTS = (ctypes.POINTER(Model), ctypes.POINTER(Step))
-ATTENDED_ARGUMENTS = (ctypes.POINTER(Model), ctypes.POINTER(Watch))
 # weights, x, rows, x_is_bf16, out, panels, threads
 PRODUCT_ARGUMENTS = (
     ctypes.POINTER(Linear),

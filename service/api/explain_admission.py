@@ -64,7 +64,7 @@ def check_wish(
     head = None
     if body.head is not None:
         check_head("head", body.head.layer, body.head.head, info)
-        check_below("head", "query", body.head.query, num_tokens, "tokens")
+        check_below("head", body.head.query, num_tokens, "tokens", of="query ")
         head = (body.head.layer, body.head.head, body.head.query)
     return ExplainWish(
         layers=layers,
@@ -110,20 +110,12 @@ def spans_of(ids: list[int], tokenizer: Tokenizer) -> tuple[str, list[Span]]:
     decoder = IncrementalDecoder(tokenizer, skip_special_tokens=False)
     text = ""
     spans: list[Span] = []
-    num_pending = 0  # tokens of a character that is not complete
     for token_id in ids:
-        piece = decoder.push((token_id,))
-        if piece and num_pending:
-            spans += [(len(text), len(text) + 1)] * num_pending
-            num_pending = 0
-        if piece:
-            spans.append((len(text), len(text) + len(piece)))
-        else:
-            num_pending += 1
-        text += piece
-    rest = decoder.flush()
-    spans += [(len(text), len(text) + len(rest))] * num_pending
-    return text + rest, spans
+        start = len(text)
+        text += decoder.push((token_id,))
+        spans.append((start, len(text) + decoder.is_within_character))
+    text += decoder.flush()
+    return text, [(start, min(end, len(text))) for start, end in spans]
 
 
 def _recent_ids(body: ExplainRequest, context: ApiContext, owner: str | None) -> list[int]:
@@ -136,7 +128,7 @@ def _recent_ids(body: ExplainRequest, context: ApiContext, owner: str | None) ->
             "that key",
             field="request",
         )
-    check_below("index", "index", body.index, len(logs), "continuations")
+    check_below("index", body.index, len(logs), "continuations")
     log = logs[body.index]
     limit = context.limits.max_explain_tokens
     ids = log.token_ids
@@ -160,7 +152,7 @@ def _chosen(field: str, wanted: list[int] | None, count: int) -> list[int]:
         return list(range(count))
     what = "tokens" if field == "lens_positions" else field
     for one in wanted:
-        check_below(field, field, one, count, what)
+        check_below(field, one, count, what)
     if len(set(wanted)) < len(wanted):
         raise invalid_field(field, f"{len(wanted)} were sent, {len(set(wanted))} of them different")
     return wanted
@@ -206,7 +198,7 @@ def _ablation(body: ExplainRequest, num_tokens: int, info: ModelInfo) -> Ablatio
     if not body.ablate.heads and not body.ablate.edges:
         raise invalid_field("ablate", "neither heads nor edges: there is nothing to switch off")
     for query, key in body.ablate.edges:
-        check_below("ablate", "edge from query", query, num_tokens, "tokens")
+        check_below("ablate", query, num_tokens, "tokens", of="edge from query ")
         if key > query:
             raise invalid_field(
                 "ablate",

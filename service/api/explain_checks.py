@@ -52,12 +52,11 @@ def check_heads(
 
 def check_head(field: str, layer: int, head: int, info: ModelInfo) -> None:
     """One of the model's heads."""
-    check_below(field, "layer", layer, info.num_layers, "layers")
-    check_below(field, "head", head, info.num_heads, "heads")
+    check_below(field, layer, info.num_layers, "layers", of="layer ")
+    check_below(field, head, info.num_heads, "heads", of="head ")
 
 
-def check_below(field: str, name: str, value: int, count: int, what: str) -> None:
-    """A number from 0 on."""
+def check_below(field: str, value: int, count: int, what: str, *, of: str = "") -> None:
+    """A number from 0 on; `of` says whose, where the field has more than one."""
     if value >= count:
-        named = "" if name == field else f"{name} "
-        raise invalid_field(field, f"{named}{value}; there are {count} {what}, counted from 0")
+        raise invalid_field(field, f"{of}{value}; there are {count} {what}, counted from 0")

@@ -10,8 +10,8 @@ two credits that fill with every gap:
   guests, and settled when the gap is over. One gap in RARE may become so: too few to move the
   percentile itself.
 
-Where a piece never fits, its risk is 1, and it waits RARE gaps; in the gap that it then spoils, more
-pieces cost no more risk, and it takes the time that was saved: the guest still gets to its end.
+Where a piece never fits, its risk is 1, and it waits RARE gaps; in the gap that it then spoils,
+more pieces cost no more risk, and it takes the time that was saved: it still gets to its end.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class GuestPace:
         self._longest_s = 0.0  # a longer gap is one that no stream would have without guests
         self._pieces_s: deque[float] = deque(maxlen=NUM_PIECES)
         self._time_s = 0.0  # credits
-        self._risk = 0.0
+        self._risk = 1.0  # nothing is known of the first piece
         self._guest_s = 0.0  # in the gap that runs
         self._staked = 0.0  # of the risk, in it
 
     def stepped(self, gap_s: float) -> None:
         """A step ended, `gap_s` after the one before it, pieces between them included."""
         own_s = max(0.0, gap_s - self._guest_s)
-        if self._guest_s:
+        if self._guest_s and self._knows_gaps:
             has_spoilt = own_s <= self._longest_s < gap_s
             self._risk += self._staked - has_spoilt
         self._remember(own_s)
@@ -78,6 +78,10 @@ class GuestPace:
         risk = self._risk_of(self._guest_s + piece_s) - self._risk_of(self._guest_s)
         return risk <= max(0.0, self._risk)
 
+    @property
+    def _knows_gaps(self) -> bool:
+        return len(self._gaps_s) >= FEWEST_GAPS
+
     def _remember(self, gap_s: float) -> None:
         self._gaps_s.append(gap_s)
         insort(self._ordered_s, gap_s)
@@ -89,7 +93,7 @@ class GuestPace:
         """How likely a gap with so much of a guest in it is one of the longest."""
         if guest_s == 0.0:
             return 0.0
-        if len(self._gaps_s) < FEWEST_GAPS:
+        if not self._knows_gaps:
             return 1.0
         num_fitting = bisect_right(self._ordered_s, self._longest_s - guest_s)
         return 1.0 - num_fitting / len(self._ordered_s)

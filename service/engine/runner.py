@@ -19,7 +19,7 @@ from model.token_mask import TokenMask
 from service.engine.profile import StepProfile
 from service.engine.scheduler import Scheduled
 from service.engine.sequence import Sequence
-from service.engine.sights import NOTHING_SEEN, Sights, look, watching
+from service.engine.sights import NOTHING_SEEN, Sights, seen, watching
 
 NOTHING_SAMPLED = SampledTokens(torch.empty(0, dtype=torch.int64))
 
@@ -46,7 +46,7 @@ class Runner:
         took is added to `profile`."""
         began = time.monotonic()
         batch = build_batch(step, self.block_size, self.padding, self.device)
-        batch = watching(batch, step, self.config, self.device)
+        batch = watching(batch, step, self.config, self.block_size, self.device)
         drawing = [item.sequence for item in step if item.samples]
         rows = [_sampling_row(sequence) for sequence in drawing]
         sampling = SamplingBatch.build(
@@ -69,7 +69,7 @@ class Runner:
         tokens = sample(logits, sampling)
         sampled = time.monotonic()
         profile.sample_s += sampled - forwarded
-        sights = look(self.forward, batch, step, self.config)
+        sights = seen(batch, step, self.config)
         profile.look_s += time.monotonic() - sampled
         return tokens, sights
 

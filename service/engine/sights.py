@@ -1,7 +1,6 @@
 """What the tokens of a step looked at, for the sequences whose clients asked.
 
-The forward notes where they looked from (`Watch`); after it, one more call tells where they
-looked. Steps without such sequences do neither.
+The forward adds their weights up on its way; steps without such sequences do nothing of it.
 """
 
 from __future__ import annotations
@@ -12,10 +11,9 @@ from dataclasses import replace
 import msgspec
 import torch
 
-from model.batch import ForwardBatch, Watch
+from model.batch import ForwardBatch
 from model.config import ModelConfig
-from model.explain.attended import Glance, chosen_heads, glances
-from model.forward import Forward
+from model.explain.attended import Glance, glances, watch
 from service.engine.explain_messages import Attended, Scored
 from service.engine.scheduler import Scheduled
 
@@ -29,33 +27,37 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 def watching(
-    batch: ForwardBatch, step: list[Scheduled], config: ModelConfig, device: torch.device
+    batch: ForwardBatch,
+    step: list[Scheduled],
+    config: ModelConfig,
+    block_size: int,
+    device: torch.device,
 ) -> ForwardBatch:
     """The batch, with those of its sequences watched that want it and get a token."""
-    seqs = tuple(
-        place
+    heads = {
+        place: item.sequence.explain
         for place, item in enumerate(step)
         if item.sequence.explain is not None and item.samples
-    )
-    return replace(batch, watch=Watch.over(seqs, config, device)) if seqs else batch
+    }
+    if not heads:
+        return batch
+    longest_context = max(batch.context_lens_host[place] for place in heads)
+    return replace(batch, watch=watch(config, heads, longest_context, block_size, device))
 
 
-def look(
-    forward: Forward, batch: ForwardBatch, step: list[Scheduled], config: ModelConfig
-) -> Sights:
-    """What was seen in the call of `forward` before this one."""
+def seen(batch: ForwardBatch, step: list[Scheduled], config: ModelConfig) -> Sights:
+    """What the watched sequences of a batch looked at, after its forward."""
     if batch.watch is None:
         return NOTHING_SEEN
-    watched = [step[place].sequence for place in batch.watch.seqs]
-    heads = [sequence.explain or [] for sequence in watched]
-    attended = forward.attended(batch, chosen_heads(config, heads))
+    found = glances(config, batch.watch, NUM_POSITIONS)
     return {
-        sequence.id: msgspec.Raw(
-            _encoder.encode(Attended(_scored(seen.mean), [_scored(one) for one in seen.heads]))
+        step[place].sequence.id: msgspec.Raw(
+            _encoder.encode(Attended(_scored(one.mean), [_scored(head) for head in one.heads]))
         )
-        for sequence, seen in zip(watched, glances(attended, heads, NUM_POSITIONS), strict=True)
+        for place, one in zip(batch.watch.seqs, found, strict=True)
     }
 
 
-def _scored(found: list[Glance]) -> list[Scored]:
-    return [(one.position, round(one.weight, DECIMALS)) for one in found]
+def _scored(glance: Glance) -> list[Scored]:
+    rounded = [round(weight, DECIMALS) for weight in glance.weights]
+    return list(zip(glance.positions, rounded, strict=True))

@@ -9,18 +9,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from model.batch import ForwardBatch, Watch, single_sequence
 from model.compiled import CompiledForward
 from model.config import ModelConfig
-from model.explain.attended import Attended, Glance, chosen_heads, glances
+from model.explain.attended import Glance, glances, mean_weights, watch
 from model.explain.recording import ExplainError
-from model.forward import EagerForward, Forward
+from model.forward import Forward
 from model.kv_cache import KVCache
 from tests.engine.engines import TINY_COMPILED, TINY_GPT2, eager_forward, random_model
 from tests.model.explaining import recorded
 
-CPU = torch.device("cpu")
 SHAPES = [
     dataclasses.replace(TINY_COMPILED, sliding_windows=(None, 40, None)),
     dataclasses.replace(TINY_COMPILED, num_heads=6, num_kv_heads=2, qk_norm=False, head_dim=32),
@@ -38,7 +38,11 @@ class Company:
     tables: list[list[int]]
     block_size: int
 
-    def run(self, forward: Forward, config: ModelConfig, watched: tuple[int, ...]) -> ForwardBatch:
+    def watch(self, config: ModelConfig, heads: dict[int, list[tuple[int, int]]]) -> Watch:
+        longest = max(len(self.texts[seq]) for seq in heads)
+        return watch(config, heads, longest, self.block_size)
+
+    def run(self, forward: Forward, watching: Watch | None) -> Tensor:
         """What is before, sequence by sequence, and then the step."""
         for text, new, table in zip(self.texts, self.new, self.tables, strict=True):
             if len(text) > new:
@@ -68,10 +72,9 @@ class Company:
             logits_rows=torch.tensor([start - 1 for start in starts[1:]]),
             query_start_host=tuple(starts),
             context_lens_host=tuple(contexts),
-            watch=Watch.over(watched, config, CPU) if watched else None,
+            watch=watching,
         )
-        forward(batch)
-        return batch
+        return forward(batch).clone()
 
 
 @st.composite
@@ -104,11 +107,12 @@ def test_compiled_code_its_twin_and_recordings_agree(
         parameter.mul_(0.5 if parameter.dim() == 2 else 1.0)
     model = model.to(dtype)
     everyone = list(range(len(company.texts)))
-    watched = tuple(data.draw(st.lists(st.sampled_from(everyone), min_size=1, unique=True)))
     head = st.tuples(st.integers(0, shape.num_layers - 1), st.integers(0, shape.num_heads - 1))
-    heads = [data.draw(st.lists(head, max_size=3)) for _ in watched]
-    chosen = chosen_heads(shape, heads)
-    seen: list[Attended] = []
+    heads = {
+        seq: data.draw(st.lists(head, max_size=3))
+        for seq in data.draw(st.lists(st.sampled_from(everyone), min_size=1, unique=True))
+    }
+    seen: list[Watch] = []
     for compiled in (False, True):
         num_blocks = sum(len(table) for table in company.tables)
         cache = KVCache.allocate(
@@ -117,21 +121,21 @@ def test_compiled_code_its_twin_and_recordings_agree(
         forward: Forward = eager_forward(model, cache)
         if compiled:
             forward = CompiledForward(copy.deepcopy(model), cache)
-        batch = company.run(forward, shape, watched)
-        seen.append(forward.attended(batch, chosen))
-        assert (seen[-1].mean.sum(dim=1) - 1).abs().max() <= 1e-4
-    for row, seq in enumerate(watched):
+        seen.append(company.watch(shape, heads))
+        company.run(forward, seen[-1])
+        assert (mean_weights(shape, seen[-1]).sum(dim=1) - 1).abs().max() <= 1e-4
+    for row, seq in enumerate(heads):
         attention = recorded(model, company.texts[seq]).attention[:, :, -1]
         context = len(company.texts[seq])
-        for attended in seen:
-            assert (attended.mean[row, context:] == 0).all()
-            difference = attended.mean[row, :context] - attention.mean(dim=(0, 1))
-            assert difference.abs().max() <= BOUND[dtype]
-            for i, (of_row, layer, of_head) in enumerate(chosen):
+        for watching in seen:
+            mean = mean_weights(shape, watching)[row]
+            assert (mean[context:] == 0).all()
+            assert (mean[:context] - attention.mean(dim=(0, 1))).abs().max() <= BOUND[dtype]
+            for i, (of_row, layer, of_head) in enumerate(watching.heads):
                 if of_row == row:
-                    difference = attended.heads[i, :context] - attention[layer, of_head]
+                    difference = watching.chosen[i, :context] - attention[layer, of_head]
                     assert difference.abs().max() <= BOUND[dtype]
-                    assert (attended.heads[i, context:] == 0).all()
+                    assert (watching.chosen[i, context:] == 0).all()
 
 
 @torch.inference_mode()
@@ -146,8 +150,12 @@ def test_bits_do_not_depend_on_who_else_is_watched_nor_on_threads() -> None:
     try:
         for number, watched in ((1, (0,)), (2, (2, 0, 1)), (2, (0,))):
             torch.set_num_threads(number)
-            batch = company.run(forward, TINY_GPT2, watched)
-            rows.append(forward.attended(batch, []).mean[watched.index(0), :77])
+            watching = company.watch(TINY_GPT2, {seq: [(1, 2)] for seq in watched})
+            company.run(forward, watching)
+            row = watched.index(0)
+            rows.append(
+                torch.cat((watching.sums[row, :, :77], watching.chosen[row : row + 1, :77]))
+            )
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(rows[0], rows[1])
@@ -157,43 +165,39 @@ def test_bits_do_not_depend_on_who_else_is_watched_nor_on_threads() -> None:
 @torch.inference_mode()
 def test_watching_changes_no_bit_of_the_step() -> None:
     company = Company([list(range(50)), [7, 8]], [1, 2], [[0, 1, 2, 3], [4]], 16)
-    for make in (CompiledForward, lambda model, cache: eager_forward(model, cache)):
+    for make in (CompiledForward, eager_forward):
         logits = []
-        for watched in ((), (0, 1)):
+        for watching in (None, company.watch(TINY_COMPILED, {0: [(0, 0)], 1: []})):
             cache = KVCache.allocate(
                 TINY_COMPILED, num_blocks=5, block_size=16, dtype=torch.float32
             )
-            forward: Forward = make(random_model(TINY_COMPILED), cache)
-            batch = company.run(forward, TINY_COMPILED, watched)
-            logits.append(forward(batch).clone())
+            logits.append(company.run(make(random_model(TINY_COMPILED), cache), watching))
         assert torch.equal(*logits)
 
 
 def test_the_strongest_positions_first_and_none_that_got_nothing() -> None:
-    attended = Attended(
-        torch.tensor([[0.1, 0.5, 0.4, 0.0], [1.0, 0.0, 0.0, 0.0]]),
-        torch.tensor([[0.0, 0.0, 0.25, 0.75]]),
+    two_layers_of_three = 2 * 3
+    sums = torch.tensor([[0.125, 0.5, 0.375, 0.0], [1.0, 0.0, 0.0, 0.0]])[:, None]
+    watching = Watch(
+        (4, 2), ((1, 0, 0),), sums * two_layers_of_three, torch.tensor([[0.0, 0.0, 0.25, 0.75]])
     )
-    first, second = glances(attended, [[], [(0, 0)]], 2)
-    assert [glance.position for glance in first.mean] == [1, 2]
-    assert [glance.weight for glance in first.mean] == pytest.approx([0.5, 0.4])
+    first, second = glances(TINY_GPT2, watching, 2)
+    assert first.mean == Glance([1, 2], [0.5, 0.375])
     assert first.heads == []
-    assert second.mean == [Glance(0, 1.0)]
-    assert second.heads == [[Glance(3, 0.75), Glance(2, 0.25)]]
+    assert second.mean == Glance([0], [1.0])
+    assert second.heads == [Glance([3, 2], [0.75, 0.25])]
 
 
 def test_a_head_that_is_not_there_is_refused() -> None:
     with pytest.raises(ExplainError, match="no head 3 in layer 0: the model has 2 layers of 3"):
-        chosen_heads(TINY_GPT2, [[(0, 2)], [(0, 3)]])
+        watch(TINY_GPT2, {0: [(0, 2)], 5: [(0, 3)]}, 10, 16)
 
 
-def test_what_was_not_watched_cannot_be_asked_for() -> None:
-    cache = KVCache.allocate(TINY_GPT2, num_blocks=1, block_size=16, dtype=torch.float32)
-    batch = single_sequence([1, 2], block_table=[0], block_size=16)
-    for forward in (
-        CompiledForward(random_model(TINY_GPT2), cache),
-        eager_forward(random_model(TINY_GPT2), cache),
-    ):
-        assert isinstance(forward, CompiledForward | EagerForward)
-        with pytest.raises(ValueError, match="nothing was watched"):
-            forward.attended(batch, [])
+@pytest.mark.parametrize(("longest", "block_size"), [(32, 16), (50, 10)])
+def test_a_watch_that_is_too_short_is_refused(longest: int, block_size: int) -> None:
+    """Compiled code would write beyond its end."""
+    cache = KVCache.allocate(TINY_GPT2, num_blocks=4, block_size=16, dtype=torch.float32)
+    forward = CompiledForward(random_model(TINY_GPT2), cache)
+    company = Company([[1] * 33], [1], [[0, 1, 2, 3]], 16)
+    with pytest.raises(ValueError, match="over a sequence of 33"):
+        company.run(forward, watch(TINY_GPT2, {0: []}, longest, block_size))
