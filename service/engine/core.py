@@ -233,10 +233,7 @@ class EngineCore:
             if item.sequence.started_at is None:
                 item.sequence.started_at = flight.began
         if self.traffic is not None and scheduled:
-            profile.num_bytes, profile.flops = self.traffic.step(
-                [(item.sequence.num_computed, item.num_tokens) for item in scheduled],
-                sum([item.samples for item in scheduled]),
-            )
+            profile.num_bytes, profile.flops = _needs(self.traffic, scheduled, profile.num_decodes)
         outputs += self._launch_part(scheduled, flight)
         return flight if scheduled else None
 
@@ -367,6 +364,14 @@ class EngineCore:
     def _forget(self, sequence: Sequence) -> None:
         del self.sequences[sequence.id]
         self.scheduler.remove(sequence)
+
+
+def _needs(traffic: Traffic, scheduled: list[Scheduled], num_decodes: int) -> tuple[float, float]:
+    """Bytes and operations of a step that has not been booked yet."""
+    if num_decodes == len(scheduled):  # most steps, and short ones
+        return traffic.decode([item.sequence.num_computed + 1 for item in scheduled])
+    spans = [(item.sequence.num_computed, item.num_tokens) for item in scheduled]
+    return traffic.step(spans, sum(item.samples for item in scheduled))
 
 
 def _failure(sequence: Sequence, reason: str, *, is_grammar_error: bool = False) -> SequenceOutput:
