@@ -17,7 +17,7 @@ from model.forward import EagerForward
 from model.kv_cache import KVCache
 from model.transformer import Transformer
 from service.bench.random_weights import random_model
-from service.bench.traffic import traffic_of
+from service.engine.traffic import traffic_of
 
 BLOCK_SIZE = 32
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from loadtests.report.computed import needs_of, parameters_of
 from loadtests.report.lanes import GPU_DTYPE, Lane
 from loadtests.report.records import Run
 from model.families.published import PUBLISHED
-from service.bench.traffic import Traffic
+from service.engine.traffic import Traffic
 
 LARGE = "qwen3-8b"  # what people mean by a language model today
 NAMES = {"stories": "bundled, 5 M", "gpt2": "gpt2, 124 M", "qwen3-0.6b": "Qwen3 0.6 B"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from loadtests.report import computed, style
 from loadtests.report.drawing import LARGE, Drawing, Material, name_of
-from service.bench.traffic import Traffic
+from service.engine.traffic import Traffic
 
 BATCHES = (1, 8, 32, 256)
 CONTEXT = 512
@@ -53,7 +53,6 @@ def roofline(material: Material) -> Drawing:
             rotation=90,
             va="top",
             fontsize=8.5,
-            color=style.INK,
         )
     axes.set_xlabel("arithmetic intensity, operations for each byte read")
     axes.set_ylabel("operations/s")
