@@ -7,12 +7,15 @@ counted for activations, launches or the host.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 
 from loadtests.report.records import Roof
 from model.families import read_config
+from model.inspection import inspect
 from service.engine.traffic import Traffic, traffic_of
 
 BYTES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -20,14 +23,23 @@ BYTES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.
 
 def needs_of(config: Mapping[str, object], dtype: str) -> Traffic:
     """What a step of an architecture (its config.json) must read and compute."""
-    return traffic_of(read_config(dict(config)), BYTES[dtype])
+    return _needs(json.dumps(config), dtype)
 
 
 def parameters_of(config: Mapping[str, object]) -> int:
     """Parameters, shared ones once."""
-    from model.inspection import inspect
+    return _parameters(json.dumps(config))
 
-    return inspect(read_config(dict(config))).num_parameters
+
+# Counting builds the modules without memory for them: a tenth of a second for many layers.
+@cache
+def _needs(config: str, dtype: str) -> Traffic:
+    return traffic_of(read_config(json.loads(config)), BYTES[dtype])
+
+
+@cache
+def _parameters(config: str) -> int:
+    return inspect(read_config(json.loads(config))).num_parameters
 
 
 def decode_step_s(needs: Traffic, roof: Roof, batch: int, context: int) -> float:

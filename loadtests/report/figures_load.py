@@ -116,7 +116,7 @@ def latency(material: Material) -> Drawing:
                 one.axvspan(served.broke_at, max(rates) * 1.15, color="#d55e00", alpha=0.09, lw=0)
             style.log_axes(one, x=False)
             one.set_xlim(0, max(rates) * 1.08)
-        panel[0].set_title(f"{name_of(model)}, {lane.name}", fontsize=9.5)
+        style.title(panel[0], f"{name_of(model)}, {lane.name}")
         panel[1].set_xlabel("requests/s, at random moments")
     axes[0][0].set_ylabel("time to first token, ms")
     axes[1][0].set_ylabel("between tokens, ms")
@@ -158,8 +158,9 @@ def _latency_claim(pairs: list[tuple[str, Lane]]) -> str:
         if served.goodput is None:
             said.append(f"{name_of(model)} on {lane.name} met {limits} at no rate that was tried")
         else:
+            sent = next(x.point.requests for x in served.open if x.rate == served.goodput)
             said.append(
                 f"{name_of(model)} on {lane.name} keeps {limits} for 99 in 100 up to "
-                f"{served.goodput:.2g} requests/s"
+                f"{served.goodput:.2g} requests/s ({sent} were sent at that rate)"
             )
     return "; ".join(said) + "."

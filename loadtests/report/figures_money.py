@@ -48,12 +48,12 @@ def size(material: Material) -> Drawing:
         one.axhline(READING_TOKENS_PER_S * batch, color=style.FAINT, lw=1, ls=(0, (6, 3)))
         one.annotate(
             "each reader at 10 tokens/s",
-            (sizes[0], READING_TOKENS_PER_S * batch),
-            xytext=(0, -4),
+            (sizes[-1], READING_TOKENS_PER_S * batch),
+            xytext=(0, 3),
             textcoords="offset points",
-            va="top",
+            ha="right",
+            va="bottom",
             fontsize=8.5,
-            color=style.INK,
         )
         style.log_axes(one)
         one.set_xticks(sizes, [style.short(value) for value in sizes])

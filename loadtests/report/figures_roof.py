@@ -53,7 +53,6 @@ def roofline(material: Material) -> Drawing:
             rotation=90,
             va="top",
             fontsize=8.5,
-            color=style.INK,
         )
     axes.set_xlabel("arithmetic intensity, operations for each byte read")
     axes.set_ylabel("operations/s")

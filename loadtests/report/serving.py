@@ -12,14 +12,15 @@ import msgspec
 
 from loadtests.faults.common import target
 from loadtests.load.goodput import NEEDED_SHARE, search
-from loadtests.load.run import Plan, run
+from loadtests.load.run import WARM_UP, Plan, run
 from loadtests.load.statistics import Point, Slo
 from loadtests.report.records import Closed, Limits, Open, Served
 from loadtests.report.steps import Doing
 
 DRAIN_S = 4
 ROUNDS = 2.2  # of a closed loop, at least: every user computes a prompt and an answer
-LONGEST = 5.0  # times closed_s; loops whose rounds take longer are left out
+LONGEST = 5.0  # times closed_s or open_s; closed loops whose rounds take longer are left out
+FEWEST = 12  # requests that an open loop is to send within its window
 WARM_S = 2
 
 
@@ -81,8 +82,12 @@ def sweep(url: str, traffic: Traffic, round_s: Callable[[int], float], doing: Do
     tried: list[Open] = []
 
     def share_at(rate: float) -> float:
-        plan = Plan(traffic.open_s, rate=rate, seed=len(tried), drain_s=DRAIN_S, **lengths)
+        needed_s = FEWEST / (1 - WARM_UP) / rate
+        seconds = math.ceil(min(max(traffic.open_s, needed_s), LONGEST * traffic.open_s))
+        plan = Plan(seconds, rate=rate, seed=len(tried), drain_s=DRAIN_S, **lengths)
         measured = point(f"rate-{rate:.3g}", plan)
+        if not measured.requests:  # so rare that none came: nothing is known
+            return 0.0
         tried.append(Open(rate, measured))
         return measured.slo_share or 0.0
 

@@ -65,12 +65,14 @@ _RC = {
 }
 
 
+mpl.rcParams.update(_RC)  # the report's process draws nothing else
+
+
 def panels(count: int, *, rows: int = 1, height_in: float = 3.9) -> tuple[Figure, list[list[Axes]]]:
     """A figure with `rows` times `count` axes, and a strip at the foot for the legend."""
-    with mpl.rc_context(_RC):
-        figure, axes = pyplot.subplots(
-            rows, count, figsize=(WIDTH_IN, height_in), squeeze=False, layout="constrained"
-        )
+    figure, axes = pyplot.subplots(
+        rows, count, figsize=(WIDTH_IN, height_in), squeeze=False, layout="constrained"
+    )
     return figure, [list(row) for row in axes]
 
 
@@ -85,8 +87,7 @@ def legend(figure: Figure, axes: Sequence[Axes], columns: int = 4) -> None:
     for one in axes:
         for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
-    with mpl.rc_context(_RC):
-        figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=columns)
+    figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=columns)
 
 
 def log_axes(
@@ -122,8 +123,7 @@ def short(value: float, _: object = None) -> str:
 def to_svg(figure: Figure, prefix: str) -> str:
     """For the page: colours by CSS variable, ids that no other figure has."""
     buffer = io.StringIO()
-    with mpl.rc_context(_RC):
-        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+    figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     for colour, variable in VARIABLES.items():
@@ -136,8 +136,7 @@ def to_svg(figure: Figure, prefix: str) -> str:
 
 def to_png(figure: Figure, path: Path) -> None:
     """On paper."""
-    with mpl.rc_context(_RC):
-        figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130)
 
 
 def close(figure: Figure) -> None:

@@ -163,7 +163,10 @@ async def test_a_text_is_never_html(server: Server, opened: Opens) -> None:
         assert await text_of(page, "given") == hostile
         assert await page.locator("main img, main script").count() == 0
         # Nor could a mistake of the page make it one.
-        refused = "(e) => { try { e.innerHTML = '<b>'; return 'taken' } catch (error) { return error.name } }"
+        refused = (
+            "(e) => { try { e.innerHTML = '<b>'; return 'taken' }"
+            " catch (error) { return error.name } }"
+        )
         assert await page.locator("#card").evaluate(refused) == "TypeError"
 
 
