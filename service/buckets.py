@@ -1,6 +1,6 @@
-"""Histograms that cost a third of a microsecond a value, and the bounds of all of them.
+"""Histograms that cost little a value, and the bounds of all of them.
 
-prometheus_client's own take a lock for each value and look at every bound: ten times as long
+prometheus_client's own take a lock for each value and look at every bound: five times as long
 (`python -m loadtests.metrics_cost` measures both). What is recorded for each token or step goes in
 here and is shown as a histogram at a scrape; what is recorded once a request uses the library's.
 """

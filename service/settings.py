@@ -52,10 +52,10 @@ class ModelSettings(CommandSettings):
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "float8"] = Field(
         "auto",
         description="of weights and KV cache; auto: float32 on a CPU, else the checkpoint's; int8: "
-        "weights of products in int8, the rest in bfloat16 (CPU)",
+        "weights of products in int8, the rest in bfloat16 (CPU); float8: likewise (GPU)",
     )
     max_model_len: int | None = Field(
         None, ge=1, description="context length in tokens; without it, the model's own"
@@ -73,6 +73,17 @@ class ModelSettings(CommandSettings):
     )
     kv_cache_gb: float | None = Field(
         None, gt=0, description="memory for keys and values in GiB; without it, chosen by need"
+    )
+    gpu_memory_utilization: float = Field(
+        0.9,
+        gt=0,
+        le=1,
+        description="share of a GPU's memory to use: what weights and the largest step leave of it "
+        "is for keys and values, unless kv-cache-gb says how much is",
+    )
+    overlap: bool = Field(
+        True,
+        description="on a GPU, prepare the next step while one runs; a CPU does one at a time",
     )
     block_size: int = Field(32, ge=1, le=512, description="tokens in one KV block")
     threads: int | None = Field(
@@ -231,6 +242,8 @@ def engine_config(settings: ModelSettings, model_dir: Path) -> EngineConfig:
         block_size=settings.block_size,
         threads=settings.threads,
         deterministic=settings.deterministic,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        overlap=settings.overlap,
     )
 
 

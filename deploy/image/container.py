@@ -42,6 +42,18 @@ request = urllib.request.Request("http://127.0.0.1:8000/generate", json.dumps(bo
 for line in urllib.request.urlopen(request, timeout=60):
     print(line.decode(), end="", flush=True)
 """
+# What Triton does with every launcher, without a kernel in it: Python's headers, gcc, its cache.
+TRITON = """
+from triton.runtime.build import compile_module_from_src
+source = '''
+#include <Python.h>
+static PyObject *seven(PyObject *self, PyObject *none) { return PyLong_FromLong(7); }
+static PyMethodDef methods[] = {{"seven", seven, METH_NOARGS, ""}, {0}};
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "probe", 0, -1, methods};
+PyMODINIT_FUNC PyInit_probe(void) { return PyModule_Create(&module); }
+'''
+print(compile_module_from_src(source, "probe").seven())
+"""
 
 
 def check(held: object, what: str) -> None:
@@ -51,8 +63,9 @@ def check(held: object, what: str) -> None:
     print(f"    ok: {what}", flush=True)
 
 
-def bundle(folder: Path, root: Path, image: dict[str, Any]) -> None:
-    """Write the OCI configuration of a container of this image."""
+def bundle(folder: Path, root: Path, image: dict[str, Any], target: str) -> None:
+    """Write the OCI configuration of a container of this image. Code is loaded from neither of the
+    folders that can be written, but for what Triton compiles."""
     subprocess.run(["runc", "spec", "--bundle", str(folder)], check=True)
     path = folder / "config.json"
     config = json.loads(path.read_text())
@@ -75,9 +88,12 @@ def bundle(folder: Path, root: Path, image: dict[str, Any]) -> None:
             "type": "tmpfs",
             "source": "tmpfs",
             "destination": place,
-            "options": ["nosuid", "nodev", "noexec", f"mode={mode}", f"uid={user}", f"gid={group}"],
+            "options": ["nosuid", "nodev", code, f"mode={mode}", f"uid={user}", f"gid={group}"],
         }
-        for place, mode in (("/tmp", "1777"), ("/cache", "0750"))
+        for place, mode, code in (
+            ("/tmp", "1777", "noexec"),
+            ("/cache", "0750", "noexec" if target == "cpu" else "exec"),
+        )
     ]
     path.write_text(json.dumps(config))
 
@@ -99,10 +115,10 @@ class Container:
 
 
 @contextmanager
-def running(root: Path, image: dict[str, Any], log: Path) -> Iterator[Container]:
+def running(root: Path, image: dict[str, Any], target: str, log: Path) -> Iterator[Container]:
     """A container with its log in a file; whatever is left of it in the end is killed."""
     with tempfile.TemporaryDirectory() as folder, log.open("wb") as output:
-        bundle(Path(folder), root, image)
+        bundle(Path(folder), root, image, target)
         name = f"vitrine-{os.getpid()}"
         command = ["runc", "run", "--bundle", folder, name]
         process = subprocess.Popen(command, stdout=output, stderr=output)
@@ -138,6 +154,8 @@ def check_image(container: Container, target: str) -> None:
         check(not written, f"nothing was written to /cache {written}")
     else:
         check(has_compiler, "a C compiler, which Triton needs")
+        done = container.inside("python3", "-c", TRITON)
+        check(done.stdout == "7\n", f"Triton compiles and loads with it {done.stderr[-500:]}")
     sbom = json.loads(container.inside("cat", "/usr/share/vitrine/sbom.cdx.json").stdout)
     names = {component["name"] for component in sbom["components"]}
     wanted = {"torch", "fastapi", "vitrine", "libc6", "libgomp1"}
@@ -187,7 +205,7 @@ def main() -> None:
     labels = image["OCIv1"]["config"]["Labels"]
     check(labels["org.opencontainers.image.licenses"] == "Apache-2.0", "and labels")
     log = arguments.image.with_name("server.log")
-    with running(arguments.root, image, log) as container:
+    with running(arguments.root, image, arguments.target, log) as container:
         print(f"    ready {wait_ready(container, log):.1f} s after runc run", flush=True)
         check(container.inside(*health[1:]).returncode == 0, "its health check agrees")
         check_image(container, arguments.target)

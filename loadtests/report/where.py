@@ -37,9 +37,9 @@ from model.families.published import PUBLISHED
 from model.forward import EagerForward, Forward
 from model.sampling_params import SamplingParams
 from service.bench.random_weights import start_random_engine
-from service.bench.roofline import synchronize
 from service.engine.core import EngineCore
 from service.engine.messages import EngineConfig, Submit
+from service.engine.roofline import synchronize
 
 ROUNDS = 7
 STEPS = 2

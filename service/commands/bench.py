@@ -128,6 +128,7 @@ def _bench(settings: BenchSettings) -> int:
     from service.bench.machine import describe_machine, peak_memory_bytes, reset_peak_memory
     from service.bench.report import Report, render
     from service.engine.roofline import measure_roofline
+    from service.engine.start import WEIGHTS
     from service.engine.traffic import traffic_of
 
     core, info = _start(settings)
@@ -138,10 +139,10 @@ def _bench(settings: BenchSettings) -> int:
             f"{needed} tokens; the context holds {info.context_length}"
         )
     device = torch.device(info.device)
-    dtype = torch.bfloat16 if info.dtype == "int8" else getattr(torch, info.dtype)
+    dtype = torch.bfloat16 if info.dtype in WEIGHTS else getattr(torch, info.dtype)
     machine = describe_machine(device)
     roofline = measure_roofline(device, dtype)
-    traffic = traffic_of(core.runner.config, dtype, int8=info.dtype == "int8")
+    traffic = traffic_of(core.runner.config, dtype, int8=info.dtype in WEIGHTS)
     reset_peak_memory()
     measurements: list[Measurement] = []
     status = 0

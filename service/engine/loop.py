@@ -94,7 +94,9 @@ def serve(socket: zmq.Socket[bytes]) -> None:
     core, info = started
     from service.engine.idle import IdleRoofline
 
-    idle = IdleRoofline(core.runner.device, info.dtype) if config.measure_roofline else None
+    idle = (
+        IdleRoofline(core.runner.cache.keys.device, info.dtype) if config.measure_roofline else None
+    )
     core.recorder = Recorder(_folder())
     guests = Guests(core.explain, partial(send, socket), core.recorder)
     outbox = Outbox(config.max_events_s)

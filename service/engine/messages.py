@@ -31,6 +31,8 @@ class EngineConfig(msgspec.Struct, frozen=True, tag=True):
     block_size: int = 32
     threads: int | None = None
     deterministic: bool = True
+    gpu_memory_utilization: float = 0.9
+    overlap: bool = True
     # (minimum, multiple) that an earlier engine of this server measured: not measured again.
     row_padding: tuple[int, int] | None = None
     # Whether to measure what the machine can do, as soon as there is nothing else to do.
@@ -90,6 +92,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     row_padding: tuple[int, int] | None = None  # see EngineConfig; None: none holds
     device_name: str = ""  # of a GPU
     device_uuid: str | None = None  # of a GPU, as its driver knows it
+    can_watch: bool = True  # tells what tokens look at: `explain` of /generate
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

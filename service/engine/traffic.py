@@ -33,7 +33,10 @@ class Traffic:
     def decode(self, contexts: Sequence[int]) -> tuple[float, float]:
         """(bytes, operations) of a step that decodes one token of each sequence; a context
         counts the token itself."""
-        return self.step([(context - 1, 1) for context in contexts], len(contexts))
+        if any(self.windows):
+            return self.step([(context - 1, 1) for context in contexts], len(contexts))
+        pairs = len(self.windows) * sum(contexts)
+        return self._needs(pairs, pairs, len(contexts), len(contexts))
 
     def step(self, spans: Sequence[tuple[int, int]], num_drawn: int) -> tuple[float, float]:
         """(bytes, operations) of any step: for each sequence how many of its tokens were computed
@@ -42,11 +45,17 @@ class Traffic:
         num_tokens = sum([count for _, count in spans])
         if any(self.windows):
             keys_read, pairs = self._seen_through_windows(spans)
-        else:  # in every step of most models: two sums
+        else:
             keys_read = num_layers * sum([start + count for start, count in spans])
             pairs = num_layers * sum([n * start + n * (n + 1) // 2 for start, n in spans])
+        return self._needs(keys_read, pairs, num_tokens, num_drawn)
+
+    def _needs(
+        self, keys_read: int, pairs: int, num_tokens: int, num_drawn: int
+    ) -> tuple[float, float]:
+        """(bytes, operations); keys and pairs of a query and a key are those of all layers."""
         weights = self.weight_bytes if num_drawn else self.weight_bytes - self.head_bytes
-        num_bytes = weights + keys_read / num_layers * self.kv_bytes_per_token
+        num_bytes = weights + keys_read / len(self.windows) * self.kv_bytes_per_token
         matrices = 2.0 * (num_tokens * self.layer_parameters + num_drawn * self.head_parameters)
         return num_bytes, matrices + 4.0 * pairs * self.query_size
 

@@ -11,7 +11,7 @@ import { startTiles } from "./metrics.js";
 import { clearNotices, notice } from "./notices.js";
 import { page, update } from "./page.js";
 import { Rooms } from "./rooms.js";
-import { makeFields, markField, showDrawn, showFields } from "./settings.js";
+import { makeFields, markField, showDrawn, showFields, unreadableField } from "./settings.js";
 import { asCurl, asPython } from "./snippets.js";
 import { generateBody, toggled } from "./state.js";
 import { drawLegend } from "./tokens.js";
@@ -115,18 +115,23 @@ async function stop() {
   }
 }
 
-/** Tokens of the prompt alone, to look into; the last that is `word` is chosen. */
-async function look({ isReplay = false, word = null } = {}) {
+/** Tokens of the prompt alone, to look into. The last that is `word` is chosen, and the head that
+ * looks most from there at the token `at`. */
+async function look({ isReplay = false, word = null, at = null } = {}) {
   if (!beginNew({ isReplay })) return;
   try {
     const tokens = await promptTokens(state.prompt);
-    const found = tokens.findLastIndex((token) => token.name.trim() === word);
-    update({ shown: "prompt", drawn: "", ...(found < 0 ? {} : { token: found }) });
+    const find = (name) => tokens.findLastIndex((token) => token.name.trim() === name);
+    const pair = [find(word), find(at)];
+    update({ shown: "prompt", drawn: "", ...(pair[0] < 0 ? {} : { token: pair[0], head: null }) });
     exhibit.show(tokens);
     showSettings();
     await inspector.inspect();
+    const { attention } = page.explainer;
+    if (attention && Math.min(...pair) >= 0)
+      choose({ head: attention.strongestHead(...pair).head });
   } catch (error) {
-    fail(error, () => look({ isReplay, word }));
+    fail(error, () => look({ isReplay, word, at }));
   }
 }
 
@@ -137,6 +142,12 @@ function beginNew({ isReplay }) {
   if (!state.prompt) {
     markField("prompt");
     byId("prompt").focus();
+    return false;
+  }
+  const unreadable = unreadableField();
+  if (unreadable) {
+    const title = "A field is no number";
+    fail(new Problem(0, { title, detail: "It must be one.", field: unreadable }));
     return false;
   }
   page.running?.controller.abort();
@@ -174,7 +185,7 @@ function showSettings() {
 function chooseExample(example) {
   update({ prompt: example.text });
   byId("prompt").value = example.text;
-  if (example.look) look({ word: example.look });
+  if (example.look) look({ word: example.look, at: example.at });
   else generate();
 }
 
@@ -214,8 +225,9 @@ async function start() {
   drawLegend(byId("legend"));
   drawExamples(chooseExample);
   makeFields(byId("fields"), (name, value) => {
-    if (name === "seed") update({ seed: value, drawn: "" });
-    else update({ parameters: { ...state.parameters, [name]: value } });
+    // The text that is shown was made with other values: the address no longer promises it.
+    if (name === "seed") update({ seed: value, shown: "" });
+    else update({ parameters: { ...state.parameters, [name]: value }, shown: "" });
     showSettings();
   });
   byId("prompt").value = state.prompt;

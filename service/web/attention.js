@@ -45,6 +45,17 @@ export class Attention {
     return this.layers.includes(layer) && this.heads.includes(head);
   }
 
+  /** The head that looks most from `query` at `key`: {head, weight}. */
+  strongestHead(query, key) {
+    const all = this.layers.flatMap((layer) =>
+      this.heads.map((head) => {
+        const weight = this.row([layer, head], query)[key];
+        return { head: [layer, head], weight };
+      }),
+    );
+    return all.reduce((best, one) => (one.weight > best.weight ? one : best));
+  }
+
   /** Weights of one query over the keys up to it: of `head`, [layer, head], or of the mean (null).
    * Null where the server was not asked for them. */
   row(head, query) {

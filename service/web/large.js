@@ -217,8 +217,10 @@ export class LargeMap {
     const { attention, head, tokens, offEdges } = this.#view;
     const [query, key] = this.#at;
     const weight = attention.row(head, query)?.[key] ?? 0;
+    const { head: most, weight: strongest } = attention.strongestHead(query, key);
+    const elsewhere = `; most of all in layer ${most[0]} · head ${most[1]}, ${percent(strongest)}`;
     const cut = includesPair(offEdges, this.#at) ? "; cut, a click restores it" : "";
-    this.#said.textContent = `“${shown(tokens[query].name)}” (${query}) gives “${shown(tokens[key].name)}” (${key}) ${percent(weight)} of its attention${cut}`;
+    this.#said.textContent = `“${shown(tokens[query].name)}” (${query}) gives “${shown(tokens[key].name)}” (${key}) ${percent(weight)} of its attention${elsewhere}${cut}`;
   }
 }
 

@@ -13,11 +13,9 @@ export function makeFields(element, changed) {
       min: one.min,
       max: one.max,
       step: one.step,
-      oninput: (event) => {
-        if (event.target.value.trim() === "" || !event.target.validity.valid)
-          return event.target.setAttribute("aria-invalid", "true");
-        event.target.removeAttribute("aria-invalid");
-        changed(name, Number(event.target.value));
+      oninput: ({ target }) => {
+        markInput(target);
+        if (isReadable(target)) changed(name, Number(target.value));
       },
     });
     element.append(field(name, one.label, input, one.hint));
@@ -27,15 +25,31 @@ export function makeFields(element, changed) {
     id: "field-seed",
     inputmode: "numeric",
     pattern: "\\d{0,19}",
-    placeholder: "drawn by the server",
-    oninput: (event) => {
-      if (!event.target.validity.valid) return event.target.setAttribute("aria-invalid", "true");
-      event.target.removeAttribute("aria-invalid");
-      changed("seed", event.target.value.trim());
+    placeholder: "a new one each time",
+    oninput: ({ target }) => {
+      markInput(target);
+      if (isReadable(target)) changed("seed", target.value);
     },
   });
-  element.append(field("seed", "Seed", seed, "empty: a new one each time"));
-  element.append(h("div", { class: "field drawn", id: "drawn", hidden: true }));
+  const box = field("seed", "Seed", seed, null);
+  box.classList.add("wide");
+  box.lastElementChild.replaceWith(h("p", { class: "remark", id: "drawn" }));
+  element.append(box);
+}
+
+/** The first field whose content is no number, by its name; null when all can be sent. */
+export function unreadableField() {
+  const found = [...document.querySelectorAll("#fields input")].find((input) => !isReadable(input));
+  return found ? found.id.replace("field-", "") : null;
+}
+
+/** Numbers out of bounds are readable: the server says what it thinks of them. */
+const isReadable = (input) =>
+  input.type === "number" ? input.value.trim() !== "" : input.validity.valid;
+
+function markInput(input) {
+  if (isReadable(input) && input.validity.valid) input.removeAttribute("aria-invalid");
+  else input.setAttribute("aria-invalid", "true");
 }
 
 function field(name, label, input, hint) {
@@ -67,21 +81,25 @@ export function showFields(state, limits) {
     )
     .map(([name, one]) => `${one.label.toLowerCase()} ${state.parameters[name]}`);
   if (state.seed) words.push(`seed ${state.seed}`);
-  else words.push(state.drawn ? `seed ${state.drawn}, drawn by the server` : "a new seed each time");
+  else
+    words.push(state.drawn ? `seed ${state.drawn}, drawn by the server` : "a new seed each time");
   byId("settings-now").textContent = words.join(" · ");
 }
 
 /** Tell the seed that the server drew, and offer to keep it. */
 export function showDrawn(drawn, keep) {
-  const element = byId("drawn");
-  element.hidden = !drawn;
-  if (!drawn) return;
-  element.replaceChildren(
-    h("span", { class: "remark" }, "drawn last: "),
-    h("output", { id: "drawn-seed" }, drawn),
-    " ",
-    h("button", { type: "button", class: "plain small", onclick: () => keep(drawn) }, "Keep it"),
-  );
+  const words = drawn
+    ? [
+        "last drawn: ",
+        h("output", { id: "drawn-seed" }, drawn),
+        h(
+          "button",
+          { type: "button", class: "plain small", onclick: () => keep(drawn) },
+          "Keep it",
+        ),
+      ]
+    : ["empty: the server draws one, and says it"];
+  byId("drawn").replaceChildren(...words);
 }
 
 /** Mark the field that the server did not like; none when `name` is none of them. */

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,12 +12,13 @@ import pytest
 from prometheus_client import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse
 
+from loadtests.unrecorded import RECORDERS
 from service.api.app import create_app
 from service.api.limits import ApiLimits
 from service.client import QueueFullError
 from service.engine.messages import EngineStats, Measured, StepRecord
 from service.metric_families import PREFIX
-from service.metrics import SECTIONS, Http, Requests, vocabulary
+from service.metrics import SECTIONS, Http, Metrics, Requests, vocabulary
 from tests.api.fake_engine import INFO, FakeEngine, FakeStream, say
 
 Houses = Callable[..., Any]
@@ -122,6 +124,16 @@ async def test_laws_hold_at_every_scrape(house: Houses) -> None:
     for exchange in exchanges:
         exchange.disconnect()
         await exchange.task
+
+
+def test_the_measure_of_recording_leaves_no_recorder_out() -> None:
+    """`python -m loadtests.metrics_cost` compares with a server that records nothing."""
+    recorders = {name for name, value in vars(Metrics).items() if inspect.isfunction(value)}
+    left = {"__init__", "_begin_with", "watch", "exposition", "slow_reader"}
+    assert set(RECORDERS[Metrics]) == recorders - left
+    for owner, names in RECORDERS.items():
+        for name in names:
+            assert hasattr(owner, name)
 
 
 async def test_times_are_those_that_the_client_is_told(house: Houses) -> None:

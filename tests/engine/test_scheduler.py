@@ -67,7 +67,7 @@ class MockEngine:
             self.compute(item.sequence, item.num_tokens)
         for item in step:
             samples = item.samples
-            scheduler.computed(item)
+            scheduler.computed(scheduler.launched(item))
             if samples:
                 sequence = item.sequence
                 sequence.token_ids.append(next_token(sequence.token_ids))

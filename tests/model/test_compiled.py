@@ -27,7 +27,7 @@ from model.kernels import native
 from model.kernels.packing import WeightKind, pack
 from model.kv_cache import KVCache
 from model.linear import Linear
-from model.select import Int8UnavailableError, select_forward
+from model.select import WeightsUnavailableError, select_forward
 from tests.engine.engines import TINY_COMPILED, eager_forward, random_model
 
 BOUND = {torch.float32: 5e-6, torch.bfloat16: 3e-2}
@@ -315,8 +315,8 @@ def test_what_compiled_code_cannot_do_runs_in_torch_and_says_why(
     shape = dataclasses.replace(config(), **change)  # type: ignore[arg-type]
     cache = KVCache.allocate(shape, num_blocks=1, block_size=block_size, dtype=dtype)
     model = random_model(shape).to(dtype)
-    with pytest.raises(Int8UnavailableError, match=reason):
-        select_forward(model, cache, deterministic=False, int8=True)
+    with pytest.raises(WeightsUnavailableError, match=reason):
+        select_forward(model, cache, deterministic=False, weights="int8")
     selection = select_forward(model, cache, deterministic=False)
     assert selection.name == "cpu-torch"
     assert reason in selection.misses[0]

@@ -12,7 +12,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import pytest
 import pytest_asyncio
-from playwright.async_api import Browser, Page, async_playwright, expect
+from playwright.async_api import Browser, Page, Playwright, async_playwright, expect
 
 SYSTEM_BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 PHONE = {"width": 360, "height": 740}
@@ -23,12 +23,17 @@ expect.set_options(timeout=LIMIT_MS)
 Opens = Callable[..., AbstractAsyncContextManager[Page]]
 
 
+def find_browser(playwright: Playwright) -> str | None:
+    """The path of a Chromium."""
+    candidates = (*SYSTEM_BROWSERS, playwright.chromium.executable_path)
+    return next(filter(None, map(shutil.which, candidates)), None)
+
+
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def browser() -> AsyncIterator[Browser]:
     """One browser for all tests; each has a context of its own in it."""
     async with async_playwright() as playwright:
-        candidates = (*SYSTEM_BROWSERS, playwright.chromium.executable_path)
-        path = next(filter(None, map(shutil.which, candidates)), None)
+        path = find_browser(playwright)
         if path is None:
             pytest.skip("NO CHROMIUM, THE PLAYGROUND IS NOT TESTED: run `make browser`")
         # In a container one is root, and Chromium's sandbox does not start.

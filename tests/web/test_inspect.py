@@ -37,7 +37,13 @@ async def test_an_example_is_looked_into(server: Server, opened: Opens) -> None:
     async with opened(server.url) as page:
         await page.get_by_role("button", name="The animal didn't cross").click()
         await explained(page)
-        assert view_of(page) == {"prompt": ANIMAL, "shown": "prompt", "token": "8"}
+        # The head that looks most from "it" at "animal".
+        weights = explain(server, attention="full")["attention"]["full"]
+        pairs = [(layer, head) for layer in range(LAYERS) for head in range(HEADS)]
+        layer, head = max(pairs, key=lambda pair: weights[pair[0]][pair[1]][8][1])
+        await expect(page.locator("#steps")).to_contain_text(f"Layer {layer} · head {head}")
+        view = {"prompt": ANIMAL, "shown": "prompt", "token": "8", "head": f"{layer}.{head}"}
+        assert view_of(page) == view
         await expect(page.locator("#card .exhibit-name")).to_have_text("·it")
         assert await page.locator("#tokens .new").count() == 0
         assert await page.locator("#grid canvas").count() == LAYERS * HEADS

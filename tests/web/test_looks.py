@@ -10,7 +10,7 @@ from playwright.async_api import Page, expect
 
 from tests.servers import Server
 from tests.web.conftest import DESKTOP, PHONE, Opens
-from tests.web.pages import STORY, address, explained, generated, until
+from tests.web.pages import STORY, address, explained, generated, text_of, until
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 # A full page: a text, a chosen token and head, something switched off.
@@ -151,6 +151,23 @@ async def test_nothing_sticks_out(server: Server, opened: Opens, width: int) -> 
             width,
         )
         assert not out
+
+
+async def test_a_text_is_never_html(server: Server, opened: Opens) -> None:
+    hostile = "<img src=x onerror=alert(1)><script>alert(2)</script>&lt;b&gt; \"'> {{7*7}}"
+    view = {"prompt": hostile, "shown": "text", "seed": 1, "max_tokens": 8, "off": "0.0"}
+    async with opened(address(server.url, **view)) as page:
+        await generated(page)
+        await expect(page.locator("#whatif .pair")).to_be_visible()
+        await page.locator("#tokens .given").nth(1).click()
+        assert await text_of(page, "given") == hostile
+        assert await page.locator("main img, main script").count() == 0
+        # Nor could a mistake of the page make it one.
+        refused = (
+            "(e) => { try { e.innerHTML = '<b>'; return 'taken' }"
+            " catch (error) { return error.name } }"
+        )
+        assert await page.locator("#card").evaluate(refused) == "TypeError"
 
 
 async def test_the_page_asks_nothing_of_other_places(server: Server, opened: Opens) -> None:

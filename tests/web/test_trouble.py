@@ -77,8 +77,10 @@ async def test_too_many_requests(tmp_path: Path, opened: Opens) -> None:
 
 
 async def test_a_field_that_the_server_refuses(server: Server, opened: Opens) -> None:
-    words = {"prompt": STORY, "max_tokens": 9000}
-    async with opened(address(server.url, **words), expected=("422",)) as page:
+    async with opened(address(server.url, prompt=STORY), expected=("422",)) as page:
+        await page.locator("#settings summary").click()
+        await page.locator("#field-max_tokens").fill("9000")
+        await page.locator("#settings summary").click()
         await page.locator("#go").click()
         notice = page.get_by_role("alert")
         await expect(notice).to_contain_text("max_tokens")
@@ -87,6 +89,20 @@ async def test_a_field_that_the_server_refuses(server: Server, opened: Opens) ->
         await expect(field).to_be_visible()
         await expect(field).to_have_attribute("aria-invalid", "true")
         await field.fill("8")
+        await page.locator("#go").click()
+        await generated(page)
+
+
+async def test_a_field_that_cannot_be_read(server: Server, opened: Opens) -> None:
+    """What the field says and what is sent must be the same: nothing is sent."""
+    async with opened(address(server.url, prompt=STORY)) as page:
+        await page.locator("#settings summary").click()
+        for field, wrong, right in (("temperature", "", "1"), ("seed", "ten", "10")):
+            await page.locator(f"#field-{field}").fill(wrong)
+            await page.locator("#go").click()
+            await expect(page.get_by_role("alert")).to_contain_text(f"{field}: ")
+            assert await page.locator("#tokens .token").count() == 0
+            await page.locator(f"#field-{field}").fill(right)
         await page.locator("#go").click()
         await generated(page)
 
