@@ -33,7 +33,7 @@ from loadtests.report.measuring import (
     steps_of,
     weights_gb,
 )
-from loadtests.report.plan import MODES, Mode
+from loadtests.report.plan import BUNDLED, MODES, Mode, with_limits
 from loadtests.report.records import (
     RESULTS,
     RecordError,
@@ -43,6 +43,7 @@ from loadtests.report.records import (
     write_run,
 )
 from loadtests.report.steps import Step
+from model.families.published import PUBLISHED
 
 
 def main() -> int:
@@ -92,6 +93,7 @@ def draw(runs: list[Run], prices: dict[str, Running], out: Path) -> Path:
 def _measured(given: argparse.Namespace, console: Console) -> list[Run]:
     """Every model on every device that is here, step by step."""
     mode: Mode = MODES[given.mode](Slo(given.ttft_ms / 1e3, given.tpot_ms / 1e3))
+    mode = with_limits(mode) if given.limits else mode
     devices = given.device or ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     names = given.model or [*mode.models, *mode.offline_only]
     plans: list[tuple[Subject, dict[str, Step[Any]]]] = []
@@ -171,7 +173,9 @@ def _arguments() -> argparse.Namespace:
     parser.set_defaults(mode="quick")
     parser.add_argument("--out", type=Path, default=Path("runs/report"), help="folder of the page")
     parser.add_argument("--device", action="append", choices=("cpu", "cuda"), help="else all here")
-    parser.add_argument("--model", action="append", help="a published shape, or stories")
+    parser.add_argument(
+        "--model", action="append", choices=(BUNDLED, *PUBLISHED), help="else the mode's own"
+    )
     parser.add_argument("--threads", type=int, help="of the engine on a CPU")
     parser.add_argument("--ttft-ms", type=float, default=500.0, help="SLO: to the first token")
     parser.add_argument("--tpot-ms", type=float, default=50.0, help="SLO: mean of each further one")
@@ -182,6 +186,9 @@ def _arguments() -> argparse.Namespace:
         default=[],
         metavar="NAME=$/h:W",
         help="of a device as the page calls it; e.g. 'H100 SXM=2.5:700'",
+    )
+    parser.add_argument(
+        "--limits", action="store_true", help="also --max-num-seqs and --max-batched-tokens, varied"
     )
     parser.add_argument("--draw-only", action="store_true", help="the page again, nothing measured")
     parser.add_argument("--record", metavar="NAME", help="keep the runs in loadtests/results/NAME")

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -107,11 +107,11 @@ def missing_memory(subject: Subject) -> float | None:
 
 def steps_of(subject: Subject, mode: Mode) -> dict[str, Step[Any]]:
     """By their place in the run."""
-    is_served = subject.model in mode.models
+    is_served = subject.model not in mode.offline_only
     # What another commit measured is not kept; the mode's numbers tell it apart too.
     common = {
         "subject": asdict(subject) | {"checkpoints": ""},
-        "mode": asdict(mode),
+        "mode": asdict(replace(mode, limits=(), limit_users=0)),
         "commit": commit(),
     }
     speed = 1.0 if subject.device == "cpu" else GPU_WEIGHT
@@ -146,7 +146,7 @@ def steps_of(subject: Subject, mode: Mode) -> dict[str, Step[Any]]:
             lambda doing: served(subject, mode, doing),
             seconds,
         )
-    for seqs, tokens in mode.limits if is_served and subject.model == mode.models[0] else ():
+    for seqs, tokens in mode.limits if is_served else ():
         steps[f"limits-{seqs}-{tokens}"] = step(
             f"limits-{seqs}-{tokens}",
             Limits,
@@ -154,6 +154,7 @@ def steps_of(subject: Subject, mode: Mode) -> dict[str, Step[Any]]:
                 subject.serve_flags(), seqs, tokens, mode.traffic, mode.limit_users
             ),
             mode.traffic.closed_s + 6,
+            users=mode.limit_users,
         )
     return steps
 

@@ -1,8 +1,8 @@
-"""What is measured: quick, in five minutes on two cores; full, in an hour or so."""
+"""What is measured: quick, in five minutes on two cores; full, in hours."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loadtests.load.statistics import Slo
 from loadtests.report.serving import Traffic
@@ -71,12 +71,17 @@ def full(slo: Slo) -> Mode:
             open_s=45,
             probes=6,
         ),
-        limits=tuple(
-            [(seqs, 1024) for seqs in (4, 8, 16, 32, 64, 128, 256)]
-            + [(64, tokens) for tokens in (64, 128, 256, 512, 2048, 4096)]
-        ),
-        limit_users=96,
+        limits=(),
+        limit_users=0,
     )
+
+
+def with_limits(mode: Mode) -> Mode:
+    """The same and a server for each value of --max-num-seqs and of --max-batched-tokens, the other
+    at its default, under more users than the default takes at a time."""
+    seqs = [(value, 1024) for value in (4, 8, 16, 32, 64, 128, 256)]
+    tokens = [(64, value) for value in (64, 128, 256, 512, 2048, 4096)]
+    return replace(mode, limits=tuple(seqs + tokens), limit_users=96)
 
 
 MODES = {"quick": quick, "full": full}
