@@ -96,7 +96,7 @@ def build(variant: Variant, shape: ModelConfig, dtype: torch.dtype, max_batch: i
     forward = variant.make_forward(model, cache)
     padding = cpu.choose_padding(model) if variant.is_padded else None
     limits = Limits(max_batch, max(512, max_batch), model.max_positions)
-    runner = Runner(forward, shape, BLOCK_SIZE, (), CPU, padding=padding or RowPadding())
+    runner = Runner(forward, cache, shape, (), CPU, padding=padding or RowPadding())
     return EngineCore(Scheduler(limits, BlockPool(num_blocks, BLOCK_SIZE)), runner)
 
 

@@ -42,14 +42,14 @@ from model.kv_cache import KVCache
 from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
 from service.bench.random_weights import random_model
-from service.bench.roofline import measure_roofline
-from service.bench.traffic import traffic_of
 from service.engine.blocks import BlockPool
 from service.engine.core import EngineCore
 from service.engine.messages import EngineConfig, Submit
+from service.engine.roofline import measure_roofline
 from service.engine.runner import Runner
 from service.engine.scheduler import Limits, Scheduler
 from service.engine.start import DTYPES, assemble
+from service.engine.traffic import traffic_of
 
 CPU = torch.device("cpu")
 
@@ -260,7 +260,7 @@ def _bundled(given: argparse.Namespace, directory: Path) -> EngineCore:
     cache = KVCache.allocate(shape, num_blocks=512, block_size=32, dtype=DTYPES[given.dtype])
     cpu.pack_weights(checkpoint.model)
     forward = EagerForward(checkpoint.model, CpuBackend(shape, cache))
-    runner = Runner(forward, shape, 32, (), CPU, padding=RowPadding())
+    runner = Runner(forward, cache, shape, (), CPU, padding=RowPadding())
     limits = Limits(64, 1024, shape.max_positions)
     return EngineCore(Scheduler(limits, BlockPool(512, 32)), runner)
 

@@ -34,9 +34,11 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--prompt-len", type=int, default=16)
     parser.add_argument("--output-len", type=int, default=256)
+    parser.add_argument("--seats", type=int, help="max-num-seqs of both")
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     model = [] if given.model is None else ["--model", given.model]
+    model += [] if given.seats is None else ["--max-num-seqs", str(given.seats)]
     model += [] if given.threads is None else ["--threads", str(given.threads)]
     ratios: list[float] = []
     with target(given, *model) as server:

@@ -2,9 +2,9 @@
 
     python -m loadtests.sse_cost --streams 32 --tokens 300
 
-Streams are read by a second process. Every step gives each stream one token, as one message of
-the engine's would; CPU time of this process, over the events sent, is what is measured. Nothing
-is computed, so the numbers hold for any model.
+Streams are read by a second process. Every step gives each stream one token, told as the engine
+tells it; CPU time of this process, over the events sent, is what is measured. Nothing is computed,
+so the numbers hold for any model.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from service.api.app import create_app
 from service.api.limits import ApiLimits
 from service.client import EngineState
 from service.engine.messages import (
+    EngineConfig,
     EngineStats,
     ModelInfo,
     SequenceOutput,
@@ -33,6 +34,8 @@ from service.engine.messages import (
     encoder,
     from_engine_decoder,
 )
+from service.engine.outbox import Outbox
+from service.engine_record import EngineRecord
 from service.health import EngineHealth
 from service.journal import JournalEntry, SequenceRequest, TokenStream
 
@@ -65,12 +68,14 @@ INFO = ModelInfo(
 class PlayedEngine:
     """Has every sequence say one token a step, through the messages of the real one."""
 
-    def __init__(self) -> None:
+    def __init__(self, outbox: Outbox) -> None:
+        self.outbox = outbox
         self.info: ModelInfo | None = INFO
         self.stats = EngineStats()
         self.state: EngineState = "idle"
         self.state_reason = ""
         self.health = EngineHealth("idle")
+        self.record = EngineRecord()
         self.entries: dict[int, JournalEntry] = {}
 
     def submit(self, requests: list[SequenceRequest], timeout_s: float) -> list[TokenStream]:
@@ -87,7 +92,11 @@ class PlayedEngine:
         reason = "length" if is_last else None
         outputs = [SequenceOutput(i, [token_id], finish_reason=reason) for i in self.entries]
         self.stats = EngineStats(num_running=len(outputs))
-        message = from_engine_decoder.decode(encoder.encode(StepOutput(outputs, self.stats)))
+        self.outbox.add(outputs)
+        if not self.outbox.is_due(len(outputs)):
+            return
+        encoded = encoder.encode(self.outbox.take(self.stats))
+        message = from_engine_decoder.decode(encoded)
         assert isinstance(message, StepOutput)
         for output in message.outputs:
             if (entry := self.entries.get(output.id)) is not None:
@@ -96,9 +105,9 @@ class PlayedEngine:
 
 async def measure(num_streams: int, num_tokens: int, max_events_s: float) -> dict[str, float]:
     """Serve `num_streams` streams of `num_tokens` tokens and say what they cost."""
-    engine = PlayedEngine()
+    engine = PlayedEngine(Outbox(max_events_s))
     tokenizer = Tokenizer.from_directory(resolve_model(None, None))
-    app = create_app(ApiLimits(max_events_s=max_events_s), engine, lambda: tokenizer, "none")
+    app = create_app(ApiLimits(), engine, lambda: tokenizer, "none")
     config = uvicorn.Config(app, port=0, log_config=None, access_log=False, lifespan="off")
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve())
@@ -165,7 +174,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=300, help="per stream")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--max-events-s", type=float, default=ApiLimits().max_events_s)
+    parser.add_argument("--max-events-s", type=float, default=EngineConfig("").max_events_s)
     parser.add_argument("--loop", choices=["asyncio", "uvloop"], default="uvloop")
     parser.add_argument("--read", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()

@@ -25,7 +25,7 @@ Entry = tuple[int, SamplingParams, Sequence[int], Sequence[int]]
 
 # A logit divided by less could be infinite, or 0 in float32 be divided by; between penalties as
 # small as this no token's chance differs.
-_SMALLEST_PENALTY = 1e-30
+SMALLEST_PENALTY = 1e-30
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Adjustments:
         repetition, frequency, bias, held_off = _Places(), _Places(), _Places(), _Places()
         refused: dict[int, str] = {}
         for row, params, prompt, output in entries:
-            banned = _held_off(params, len(output), eos_token_ids)
+            banned = banned_tokens(params, len(output), eos_token_ids)
             named = [*params.logit_bias, *banned]
             outside = [i for i in named if not 0 <= i < vocab_size]
             if outside:
@@ -74,7 +74,7 @@ class Adjustments:
                     frequency.add(start + np.fromiter(counts, np.int64, len(counts)), amounts)
                 if params.repetition_penalty != 1.0:
                     seen = set(prompt).union(output)
-                    factor = max(params.repetition_penalty, _SMALLEST_PENALTY)
+                    factor = max(params.repetition_penalty, SMALLEST_PENALTY)
                     factors = np.full(len(seen), factor)
                     repetition.add(start + np.fromiter(seen, np.int64, len(seen)), factors)
             if params.logit_bias:
@@ -102,7 +102,7 @@ class Adjustments:
         return adjusted
 
 
-def _held_off(
+def banned_tokens(
     params: SamplingParams, num_output: int, eos_token_ids: Sequence[int]
 ) -> tuple[int, ...]:
     """The ids that would end the sequence too early. With `ignore_eos`, end-of-text ends

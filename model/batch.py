@@ -30,6 +30,16 @@ class Watch:
 
 
 @dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """Which sequences attention takes in which way, on a GPU. The first `num_decodes` have one
+    token each; the others are cut into tiles of their tokens."""
+
+    num_decodes: int
+    tile_seqs: Int[Tensor, " num_tiles"]  # a tile's sequence
+    tile_starts: Int[Tensor, " num_tiles"]  # its first token, counted in that sequence's tokens
+
+
+@dataclass(frozen=True, slots=True)
 class ForwardBatch:
     """One step's input.
 
@@ -49,6 +59,7 @@ class ForwardBatch:
     query_start_host: tuple[int, ...]
     context_lens_host: tuple[int, ...]
     watch: Watch | None = None
+    plan: AttentionPlan | None = None  # None: a backend that wants one makes it
 
     @property
     def num_seqs(self) -> int:

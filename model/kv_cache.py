@@ -4,7 +4,8 @@ Keys and values of all layers live in two tensors of blocks. Which block belongs
 sequence is decided in `service/engine/blocks.py`; here a block is only a number.
 
 One head's part of a block is a ready operand of each product: K^T, (head_dim, block_size),
-for Q K^T, and V, (block_size, head_dim), for the weighted sum.
+for Q K^T, and V, (block_size, head_dim), for the weighted sum. On a GPU keys lie token after
+token too (`by_token`), under the same shape: model/kernels/gpu/rotary.py says why.
 """
 
 from __future__ import annotations
@@ -39,14 +40,17 @@ class KVCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        by_token: bool | None = None,
     ) -> KVCache:
         """Zeroed blocks. Zero matters: a masked position contributes 0 * value, and
-        0 * NaN would not be 0."""
+        0 * NaN would not be 0. `by_token` is how keys lie in memory; None: as the device's
+        kernels want them."""
         pages = (config.num_layers, num_blocks, config.num_kv_heads)
-        return cls(
-            torch.zeros(*pages, config.head_dim, block_size, dtype=dtype, device=device),
-            torch.zeros(*pages, block_size, config.head_dim, dtype=dtype, device=device),
-        )
+        values = torch.zeros(*pages, block_size, config.head_dim, dtype=dtype, device=device)
+        if by_token if by_token is not None else values.device.type == "cuda":
+            return cls(torch.zeros_like(values).transpose(-2, -1), values)
+        keys = torch.zeros(*pages, config.head_dim, block_size, dtype=dtype, device=device)
+        return cls(keys, values)
 
     @property
     def num_blocks(self) -> int:
@@ -55,6 +59,11 @@ class KVCache:
     @property
     def block_size(self) -> int:
         return int(self.values.shape[3])
+
+    def clear(self, blocks: list[int]) -> None:
+        """Zero these blocks, as `allocate` gave them."""
+        self.keys[:, blocks] = 0
+        self.values[:, blocks] = 0
 
     def write(
         self,

@@ -228,7 +228,7 @@ def sample(logits: Float[Tensor, "rows vocab_size"], batch: SamplingBatch) -> Sa
     if batch.greedy is not None or not parts:
         parts.append((batch.greedy, *_choose_greedy(_take(scores, batch.greedy))))
     token_ids, peaks = _merge(parts, batch.num_rows)
-    bad_rows = _find_bad_rows(peaks, batch.refused)
+    bad_rows = find_bad_rows(peaks, batch.refused)
     if bad_rows:
         token_ids[list(bad_rows)] = 0
     return SampledTokens(token_ids, bad_rows, _logprobs(logits, token_ids, bad_rows, batch))
@@ -328,7 +328,8 @@ def _merge(
     return token_ids, peaks
 
 
-def _find_bad_rows(peaks: Float[Tensor, " rows"], refused: Mapping[int, str]) -> dict[int, str]:
+def find_bad_rows(peaks: Float[Tensor, " rows"], refused: Mapping[int, str]) -> dict[int, str]:
+    """Why rows have no token: `refused` already, or their largest score is not finite."""
     bad_rows = dict(refused)
     if not peaks.isfinite().all():
         for row, peak in enumerate(peaks.tolist()):
@@ -347,37 +348,57 @@ def _logprobs(
 ) -> tuple[ChosenLogprob | None, ...] | None:
     if not batch.logprobs:
         return None
-    entries: list[ChosenLogprob | None] = [None] * batch.num_rows
-    asked = [(row, count) for row, count in batch.logprobs if row not in bad_rows]
-    if asked:
+    asked = tuple((row, count) for row, count in batch.logprobs if row not in bad_rows)
+    if not asked:
+        return (None,) * batch.num_rows
+    return read_scores(score(logits, token_ids, asked), asked, batch.num_rows)
+
+
+class Scores(NamedTuple):
+    """What log-probabilities are made of, on the device of the logits."""
+
+    token_ids: Int[Tensor, " asked"]
+    logprobs: Float[Tensor, " asked"]
+    ranks: Int[Tensor, " asked"]
+    top_ids: Int[Tensor, "asked most"]
+    top_logprobs: Float[Tensor, "asked most"]
+
+
+def score(
+    logits: Float[Tensor, "rows vocab_size"],
+    token_ids: Int[Tensor, " rows"],
+    asked: Sequence[tuple[int, int]],
+) -> Scores:
+    """Log-probability and rank of the token of each row in `asked`, (row, how many
+    alternatives), and its likeliest tokens. Nothing is read back from the device."""
+    most = min(max(count for _, count in asked), logits.shape[1])
+    if len(asked) < len(logits):
         rows = torch.tensor([row for row, _ in asked], device=logits.device)
-        most = min(max(count for _, count in asked), batch.vocab_size)
-        details = _score(
-            _take(logits, None if len(asked) == len(logits) else rows), token_ids[rows], most
-        )
-        for (row, count), chosen in zip(asked, details, strict=True):
-            entries[row] = chosen._replace(top=chosen.top[:count])
-    return tuple(entries)
-
-
-def _score(
-    logits: Float[Tensor, "asked vocab_size"], token_ids: Int[Tensor, " asked"], most: int
-) -> list[ChosenLogprob]:
-    """Log-probability and rank of each row's token, and its `most` likeliest tokens."""
-    chosen = token_ids[:, None]
+        logits, token_ids = logits[rows], token_ids[rows]
+    chosen = token_ids.long()[:, None]
     # float64 on CUDA for the reason given in `_draw_top_p`.
     dtype = torch.float64 if logits.device.type == "cuda" else torch.float32
     logprobs = torch.log_softmax(logits, dim=-1, dtype=dtype)
-    ranks = ahead_of(logits, token_ids).sum(dim=-1) + 1
     top_ids = largest(logits, most) if most else chosen[:, :0]
-    top = zip(top_ids.tolist(), logprobs.gather(1, top_ids).tolist(), strict=True)
-    return [
-        ChosenLogprob(token_id, logprob, rank, tuple(zip(*alternatives, strict=True)))
-        for token_id, logprob, rank, alternatives in zip(
-            token_ids.tolist(),
-            logprobs.gather(1, chosen)[:, 0].tolist(),
-            ranks.tolist(),
-            top,
-            strict=True,
-        )
-    ]
+    return Scores(
+        token_ids,
+        logprobs.gather(1, chosen)[:, 0],
+        ahead_of(logits, chosen[:, 0]).sum(dim=-1) + 1,
+        top_ids,
+        logprobs.gather(1, top_ids),
+    )
+
+
+def read_scores(
+    scores: Scores, asked: Sequence[tuple[int, int]], num_rows: int
+) -> tuple[ChosenLogprob | None, ...]:
+    """An entry for every row, None for those that did not ask."""
+    entries: list[ChosenLogprob | None] = [None] * num_rows
+    top = zip(scores.top_ids.tolist(), scores.top_logprobs.tolist(), strict=True)
+    columns = (scores.token_ids.tolist(), scores.logprobs.tolist(), scores.ranks.tolist())
+    for (row, count), token_id, logprob, rank, alternatives in zip(
+        asked, *columns, top, strict=True
+    ):
+        likeliest = tuple(zip(*alternatives, strict=True))[:count]
+        entries[row] = ChosenLogprob(token_id, logprob, rank, likeliest)
+    return tuple(entries)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from model import compiled, cpu
 from model.backends.cpu import CpuBackend
@@ -14,9 +15,12 @@ from model.kernels.native import NativeKernelError
 from model.kv_cache import KVCache
 from model.transformer import Transformer
 
+Weights = Literal["plain", "int8", "float8"]
 
-class Int8UnavailableError(Exception):
-    """Weights in int8 were asked for, and nothing here can run them; the message says why."""
+
+class WeightsUnavailableError(Exception):
+    """Weights in int8 or float8 were asked for, and nothing here can run them; the message says
+    why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,24 +41,21 @@ def select_forward(
     cache: KVCache,
     *,
     deterministic: bool,
-    int8: bool = False,
+    weights: Weights = "plain",
     padding: RowPadding | None = None,
 ) -> Selection:
     """The forward for the device that the cache lies on. Takes the model's weights over:
     what else runs the model afterwards runs on the weights that serve. `padding`: found before on
     this machine for this model, and not looked for again.
 
-    Raises `Int8UnavailableError`.
+    Raises `WeightsUnavailableError`.
     """
-    weight_bytes = _parameter_bytes(model)
     if cache.keys.device.type != "cpu":
-        # Until the Triton kernels are here, other devices run the written-out equation:
-        # right, and slow.
-        reason = f"there are no kernels for {cache.keys.device.type} yet"
-        if int8:
-            raise Int8UnavailableError(reason)
-        backend = ReferenceBackend(model.config, cache)
-        return Selection(EagerForward(model, backend), "reference", weight_bytes, None, (reason,))
+        return _select_gpu(model, cache, deterministic, weights)
+    weight_bytes = _parameter_bytes(model)
+    int8 = weights == "int8"
+    if weights == "float8":
+        raise WeightsUnavailableError("float8 products are for GPUs; a CPU has int8")
     reason = compiled.unsupported(model.config, cache) or ""
     if not reason:
         try:
@@ -64,7 +65,7 @@ def select_forward(
         except NativeKernelError as error:
             reason = str(error)
     if int8:
-        raise Int8UnavailableError(reason)
+        raise WeightsUnavailableError(reason)
     misses = [f"no compiled forward: {reason}", *filter(None, [cpu.pack_weights(model)])]
     if not deterministic:
         padding = RowPadding()
@@ -77,6 +78,44 @@ def select_forward(
         )
     eager = EagerForward(model, CpuBackend(model.config, cache))
     return Selection(eager, "cpu-torch", weight_bytes, padding, tuple(misses))
+
+
+def _select_gpu(
+    model: Transformer, cache: KVCache, deterministic: bool, weights: Weights
+) -> Selection:
+    """Triton's kernels; without triton the written-out equation, right and slow."""
+    if weights == "int8":
+        raise WeightsUnavailableError("int8 products are for CPUs; a GPU has float8")
+    try:  # here, not above: torch's CPU builds come without triton
+        from model.backends.cuda import CudaBackend
+        from model.fused import FusedForward
+        from model.products import (
+            MakeProduct,
+            fixed_product,
+            float8_product,
+            library_product,
+        )
+    except ImportError as error:
+        reason = f"no kernels for {cache.keys.device.type}: {error}"
+        if weights == "float8":
+            raise WeightsUnavailableError(reason) from error
+        backend = ReferenceBackend(model.config, cache)
+        return Selection(
+            EagerForward(model, backend), "reference", _parameter_bytes(model), None, (reason,)
+        )
+    misses: tuple[str, ...] = ()
+    make_product: MakeProduct = library_product
+    if weights == "float8":
+        make_product = float8_product
+        if deterministic:
+            misses = ("float8 products have no fixed tiles: tokens may depend on the load",)
+            deterministic = False
+    cuda = CudaBackend(model.config, cache, model.max_positions, deterministic)
+    if deterministic:
+        make_product = fixed_product(cuda.kernels)
+    forward = FusedForward(model, cuda, make_product=make_product)
+    padding = RowPadding() if deterministic else None
+    return Selection(forward, "cuda", _parameter_bytes(model) + forward.nbytes, padding, misses)
 
 
 def _parameter_bytes(model: Transformer) -> int:

@@ -53,6 +53,11 @@ class Backlog:
         self._num_requests = 0
         self.num_waiting_tokens = 0
 
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for their first token."""
+        return len(self._waiting)
+
     def add(self, id_: int, num_tokens: int) -> None:
         """A request was admitted."""
         if self._num_requests == 0:

@@ -19,6 +19,8 @@ COMMANDS = {
     "generate": "continue a text in the terminal, without a server",
     "bench": "measure the engine's speed, memory and distance from what the machine can do",
     "keys": "draw API keys, each with the line to store",
+    "heads": "measure what each attention head of a model does",
+    "report": "load-test this machine and draw why inference needs GPUs; from a checkout",
     "inspect": "print a model's architecture, parameters and bytes, without loading weights",
 }
 

@@ -8,11 +8,13 @@ sequences go on from where the journal says they were (`in_flight.py`): noise is
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Protocol
 
 from service.backlog import Backlog
 from service.engine.explain_messages import Explained, ExplainPart, ExplainWish
-from service.engine.messages import EngineConfig, EngineStats, ModelInfo, StepOutput
+from service.engine.messages import EngineConfig, EngineStats, Measured, ModelInfo, StepOutput
+from service.engine_record import EngineRecord
 from service.explanations import Explanation, Explanations
 from service.health import EngineHealth, EngineState
 from service.in_flight import InFlight, Loss
@@ -81,6 +83,11 @@ class Engine(Protocol):
         """State, heartbeat and replacements, for metrics."""
         ...
 
+    @property
+    def record(self) -> EngineRecord:
+        """What all engines so far have done, for metrics."""
+        ...
+
     def submit(self, requests: list[SequenceRequest], timeout_s: float) -> list[TokenStream]:
         """Admit all of them or none; `timeout_s` is how long they may take.
 
@@ -114,7 +121,8 @@ class EngineClient:
         self.failed = asyncio.Event()  # set when the engine cannot start at all
         self._supervisor = Supervisor(self, stall_s=stall_s, standby=standby)
         self._backlog = Backlog()
-        self._in_flight = InFlight(self._supervisor.send, self._backlog)
+        self.record = EngineRecord()
+        self._in_flight = InFlight(self._supervisor.send, self._backlog, self.record)
         self._explanations = Explanations(self._supervisor.send)
         self._stats = EngineStats()
         self._draining = False
@@ -177,7 +185,14 @@ class EngineClient:
     @property
     def health(self) -> EngineHealth:
         supervisor = self._supervisor
-        return EngineHealth(self.state, supervisor.heartbeat_age_s, supervisor.restarts)
+        return EngineHealth(
+            self.state,
+            supervisor.heartbeat_age_s,
+            supervisor.restarts,
+            queue_requests=self._backlog.num_waiting,
+            queue_tokens=self._backlog.num_waiting_tokens,
+            pid=supervisor.pid,
+        )
 
     def submit(self, requests: list[SequenceRequest], timeout_s: float) -> list[TokenStream]:
         self._admit(requests, timeout_s)
@@ -238,8 +253,14 @@ class EngineClient:
 
     def engine_stepped(self, step: StepOutput) -> None:
         self._stats = step.stats
+        for record in step.steps:
+            self.record.stepped(record)
+        now_s = time.monotonic()
         for output in step.outputs:
-            self._in_flight.deliver(output)
+            self._in_flight.deliver(output, now_s)
+
+    def engine_measured(self, measured: Measured) -> None:
+        self.record.roofline = measured
 
     def engine_explained(self, message: ExplainPart | Explained) -> None:
         if isinstance(message, ExplainPart):
@@ -250,6 +271,7 @@ class EngineClient:
     def engine_lost(self, loss: Loss) -> None:
         self._in_flight.engine_lost(loss)
         self._explanations.engine_lost(loss)
+        self.record.lost(self._stats)
         self._stats = EngineStats()
 
     def engine_failed(self, reason: str) -> None:

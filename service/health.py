@@ -31,3 +31,7 @@ class EngineHealth:
     state: EngineState
     heartbeat_age_s: float = 0.0  # since the engine was last heard
     restarts: Mapping[Cause, int] = field(default_factory=dict)  # replacements so far, by cause
+    # What was admitted and waits for its first token, and its prompts and max_tokens together.
+    queue_requests: int = 0
+    queue_tokens: int = 0
+    pid: int | None = None  # of its process; None while there is none

@@ -24,6 +24,7 @@ from service.engine.messages import (
     SequenceOutput,
     ToEngine,
 )
+from service.engine_record import EngineRecord
 from service.journal import JournalEntry, SequenceRequest
 
 SUSPECT_DEATHS = 2
@@ -49,11 +50,14 @@ class InFlight:
     `engine_ready` and `engine_lost`. It may raise `MessageTooLargeError`.
     """
 
-    def __init__(self, send: Callable[[ToEngine], None], backlog: Backlog) -> None:
+    def __init__(
+        self, send: Callable[[ToEngine], None], backlog: Backlog, record: EngineRecord
+    ) -> None:
         self.nothing = asyncio.Event()  # set while nothing is in flight
         self.nothing.set()
         self._send = send
         self._backlog = backlog
+        self._record = record
         self._has_engine = False
         self._ids = itertools.count(1)
         self._entries: dict[int, JournalEntry] = {}
@@ -112,8 +116,8 @@ class InFlight:
                 words = f"{num_engines} engines in a row died while they computed this request"
                 self.end(entry, "error", words)
 
-    def deliver(self, output: SequenceOutput) -> None:
-        """Book what the engine sent."""
+    def deliver(self, output: SequenceOutput, now_s: float) -> None:
+        """Book what the engine sent, at `now_s` of a clock that does not jump."""
         entry = self._entries.get(output.id)
         if entry is None:
             return  # cancelled while this was on its way
@@ -121,6 +125,11 @@ class InFlight:
         entry.deaths = entry.kills = 0
         entry.receive(output)
         if output.token_ids:
+            if entry.last_token_s is not None:
+                # Tokens of several steps in one message: each took its share of the time.
+                count = len(output.token_ids)
+                self._record.inter_token_s.observe((now_s - entry.last_token_s) / count, count)
+            entry.last_token_s = now_s
             self._backlog.started(entry.id)
         if output.finish_reason is not None:
             self._forget(entry)
@@ -149,7 +158,8 @@ class InFlight:
         for entry in due:
             try:
                 self._send(entry.to_submit())
-                entry.is_sent = True
+                self._record.num_resumed += entry.was_sent
+                entry.is_sent = entry.was_sent = True
             except MessageTooLargeError as error:
                 unsendable.append((entry, str(error)))
         for entry, words in unsendable:

@@ -66,6 +66,8 @@ class JournalEntry:
     drop: Callable[[JournalEntry], None]
     token_ids: list[int] = field(default_factory=list)  # all received
     is_sent: bool = False  # to the engine that runs now
+    was_sent: bool = False  # to any engine
+    last_token_s: float | None = None  # when its latest token came; None: none did
     deaths: int = 0  # of engines that were computing it, since its last output
     kills: int = 0  # the same, killed from outside
     _num_taken: int = 0  # of token_ids

@@ -1,26 +1,280 @@
-"""The whole metric vocabulary, described in one place.
+"""The whole metric vocabulary, described in one place, and the recording of what happens to
+requests. docs/metrics.md shows it; a test holds them together.
 
-A request ends in exactly one way (law 1):
-accepted = finished + aborted + failed + in flight, at every moment.
+Laws that hold at every scrape:
+
+    requests: accepted = finished + aborted + failed + in flight
+    request_duration_seconds: its count, by outcome, is finished, aborted, failed
+    kv_blocks: free + referenced + cached = kv_blocks_capacity
+    step_seconds, step_sequences, step_tokens: as many values in each, phase by phase
+    prefix cache: hits <= queries
+
+Labels have few values: routes of the application, reasons and states of this code, never what a
+client made up. Names follow Prometheus' practice: base units, `_total` for what only grows.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from typing import Literal, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, disable_created_metrics
+from prometheus_client.core import Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from service.engine.messages import EngineStats
-from service.health import CAUSES, STATES, EngineHealth
+from service.buckets import (
+    FIRST_TOKEN_SECONDS,
+    REQUEST_SECONDS,
+    SEQUENCES,
+    TOKEN_SECONDS,
+    TOKENS,
+)
+from service.metric_families import Described, counter, exemplar, gauge, histogram
+
+# Prometheus does not need the time of birth of a counter, and it doubles what is scraped.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 Outcome = Literal["finished", "aborted", "failed"]
 # Why nobody waits for an answer any more: its client went away; its client took nothing of what
 # was waiting for too long; its client went away and did not come back within `detach_s`.
 AbortReason = Literal["client-gone", "slow-reader", "detach-expired"]
+FINISH_REASONS = ("stop", "length", "timeout", "cancelled")
+# Of refusals, those that say something about the server's load or its door.
+COMMON_REJECTIONS = ("queue-full", "unavailable", "never-fits", "invalid-request")
+# Routes that admit requests; their series are there from the start, so that a rate of nothing
+# is 0 and not missing.
+GENERATING_ROUTES = ("/generate", "/v1/completions", "/v1/chat/completions")
+
+
+class Requests:
+    """What became of requests. A request may have several continuations (`n`, or a batch of
+    prompts), each a sequence of the engine."""
+
+    ACCEPTED = counter("requests_accepted", "Requests admitted to the engine.", "route")
+    FINISHED = counter(
+        "requests_finished", "Requests answered to the end, by why they ended.", "route", "reason"
+    )
+    ABORTED = counter(
+        "requests_aborted", "Requests that nobody waited for any more, by why.", "route", "reason"
+    )
+    FAILED = counter("requests_failed", "Requests that ended with an error.", "route")
+    REJECTED = counter(
+        "requests_rejected",
+        "Requests refused before they were admitted, by why.",
+        "route",
+        "reason",
+    )
+    IN_FLIGHT = gauge("requests_in_flight", "Requests admitted and not ended yet.")
+    QUEUE_REQUESTS = gauge("queue_requests", "Sequences admitted that wait for their first token.")
+    QUEUE_TOKENS = gauge("queue_tokens", "Their prompts and max_tokens together.")
+    RESUMED = counter(
+        "resumed_requests", "Sequences that went on in another engine after theirs died."
+    )
+    JOURNAL_ENTRIES = gauge("journal_entries", "Sequences in the journal.")
+    DETACHABLE = gauge("detachable_requests", "Requests kept for their detach_s.")
+    DETACHABLE_BYTES = gauge("detachable_bytes", "Bytes of their events.")
+    SLOW_READERS = counter("slow_readers", "Connections closed because their clients took nothing.")
+
+
+class Latency:
+    """Times as the API process sees them, the same that answers, logs and traces tell. A tail of
+    a slow client is in `request_duration`, not in `inter_token_latency`."""
+
+    FIRST_TOKEN = histogram(
+        "time_to_first_token_seconds",
+        "From a request's arrival to its first token.",
+        FIRST_TOKEN_SECONDS,
+        "route",
+    )
+    INTER_TOKEN = histogram(
+        "inter_token_latency_seconds",
+        "Gaps between two tokens of a sequence, as they come from the engine.",
+        TOKEN_SECONDS,
+    )
+    PER_OUTPUT_TOKEN = histogram(
+        "time_per_output_token_seconds",
+        "A sequence's time from its first token to its last, over the tokens after the first.",
+        TOKEN_SECONDS,
+        "route",
+    )
+    REQUEST = histogram(
+        "request_duration_seconds",
+        "From a request's arrival to its end, by how it ended.",
+        REQUEST_SECONDS,
+        "route",
+        "outcome",
+    )
+    QUEUE = histogram(
+        "request_queue_seconds",
+        "From a sequence's arrival at the engine to the first step it ran in.",
+        REQUEST_SECONDS,
+    )
+    PREFILL = histogram(
+        "request_prefill_seconds", "From there to a sequence's first token.", REQUEST_SECONDS
+    )
+    DECODE = histogram(
+        "request_decode_seconds", "From there to a sequence's last token.", REQUEST_SECONDS
+    )
+
+
+class Tokens:
+    """Tokens of requests."""
+
+    PROMPT = counter("prompt_tokens", "Tokens of the prompts admitted.")
+    CACHED = counter(
+        "cached_prompt_tokens", "Of prompts whose requests ended: found in the prefix cache."
+    )
+    GENERATED = counter("generated_tokens", "Tokens generated for clients, stop strings' included.")
+
+
+class Engine:
+    """The engine process. Counters go on when it is replaced."""
+
+    UP = gauge("engine_up", "1 while the engine computes or could: idle, busy or draining.")
+    STATE = gauge("engine_state", "1 for the state the engine is in.", "state")
+    HEARTBEAT_AGE = gauge("engine_heartbeat_age_seconds", "Time since the engine was last heard.")
+    RESTARTS = counter(
+        "engine_restarts",
+        "Engines replaced, by why: it ended, stalled, sent nonsense, could not start.",
+        "cause",
+    )
+    RUNNING = gauge("engine_sequences_running", "Sequences in the batch.")
+    WAITING = gauge("engine_sequences_waiting", "Sequences in the engine's queue.")
+    STEPS = counter("engine_steps", "Steps of the engine.")
+    PREEMPTIONS = counter("engine_preemptions", "Sequences put back to make room.")
+    PROMPT_TOKENS = counter("engine_prompt_tokens", "Prompt tokens computed.")
+    GENERATED_TOKENS = counter("engine_generated_tokens", "Tokens sampled.")
+
+
+class Cache:
+    """The KV cache."""
+
+    BLOCKS = gauge("kv_blocks", "Blocks of the KV cache, by state.", "state")
+    CAPACITY = gauge("kv_blocks_capacity", "Blocks of the KV cache.")
+    QUERIED = counter(
+        "prefix_cache_queried_tokens",
+        "Tokens of sequences that began to run, or began again after a preemption.",
+    )
+    HIT = counter("prefix_cache_hit_tokens", "Of them, those found in the prefix cache.")
+
+
+class Steps:
+    """Where the engine's time goes. Phases: `decode`, a token of each sequence; `prefill`, prompts
+    only; `mixed`, both."""
+
+    SECONDS = histogram("step_seconds", "Duration of a step.", TOKEN_SECONDS, "phase")
+    SEQUENCES = histogram("step_sequences", "Sequences in a step.", SEQUENCES, "phase")
+    TOKENS = histogram("step_tokens", "Tokens computed in a step.", TOKENS, "phase")
+    PARTS = counter(
+        "engine_part_seconds",
+        "Time of steps by what it went into: schedule, build (tensors of the batch), forward, "
+        "sample, book. On a GPU forward is the launch of kernels, sample has the wait for them.",
+        "part",
+    )
+    READ_BYTES = counter(
+        "step_read_bytes",
+        "Bytes that steps had to read: weights once a step, keys and values in sight.",
+        "phase",
+    )
+    FLOPS = counter(
+        "step_flops",
+        "Operations that steps had to do: products and attention, two for a multiply-add.",
+        "phase",
+    )
+    ROOFLINE_SECONDS = counter(
+        "step_roofline_seconds",
+        "Least time in which the machine could have done these steps, by its roofline; there "
+        "once that is known.",
+        "phase",
+    )
+    ROOF_BYTES = gauge(
+        "roofline_read_bytes_per_second", "Reading of memory at its best; there once it is known."
+    )
+    ROOF_FLOPS = gauge(
+        "roofline_flops_per_second", "Products at their best; there once they are known."
+    )
+
+
+class Devices:
+    """The machine. `device` is cpu (the whole machine, from /proc), and the engine's GPU if it has
+    one (NVML, with `vitrine[gpu]`)."""
+
+    MEMORY_USED = gauge("device_memory_used_bytes", "Memory in use, by anyone.", "device")
+    MEMORY = gauge("device_memory_bytes", "Memory there is.", "device")
+    UTILIZATION = gauge(
+        "device_utilization_ratio",
+        "Share of the time that it was busy lately: of all cores, or of a GPU's kernels.",
+        "device",
+    )
+    POWER = gauge("device_power_watts", "Power drawn (GPU).", "device")
+    ENERGY = counter("device_energy_joules", "Energy since the driver was loaded (GPU).", "device")
+    PROCESS_CPU = counter(
+        "process_cpu_seconds", "Processor time of the api and the engine process.", "process"
+    )
+    PROCESS_MEMORY = gauge(
+        "process_resident_memory_bytes", "Resident memory of the two.", "process"
+    )
+
+
+class Explain:
+    """POST /explain; accepted = ended + in flight, by a law of its own."""
+
+    ACCEPTED = counter("explain_accepted", "Explanations admitted.")
+    REQUESTS = counter("explain_requests", "Explanations that ended, by how.", "outcome")
+    IN_FLIGHT = gauge("explain_in_flight", "Explanations admitted and not ended.")
+    COMPUTE = counter("explain_compute_seconds", "Time that the engine computed explanations.")
+
+
+class Http:
+    """HTTP itself. A route is its template; what matches none is `none`, as is the status of a
+    request whose client went away before it had an answer."""
+
+    REQUESTS = counter(
+        "http_requests", "Requests whose response ended.", "route", "method", "status"
+    )
+    IN_FLIGHT = gauge("http_requests_in_flight", "Requests whose response has not ended.")
+    CONNECTIONS = gauge("http_connections", "Open connections.")
+    TASKS = gauge("asyncio_tasks", "Tasks in the API.")
+
+
+class Build:
+    """What runs."""
+
+    BUILD = gauge("build_info", "1; the versions are in the labels.", "version", "python")
+    MODEL = gauge(
+        "model_info",
+        "1; there once the model is loaded.",
+        "model",
+        "family",
+        "dtype",
+        "device",
+        "device_name",
+        "attention_backend",
+    )
+    WEIGHT_BYTES = gauge("model_weight_bytes", "Bytes held for the model's weights.")
+    CACHE_BYTES = gauge("model_kv_cache_bytes", "Bytes of the KV cache.")
+
+
+SECTIONS: tuple[type, ...] = (
+    Requests,
+    Latency,
+    Tokens,
+    Engine,
+    Cache,
+    Steps,
+    Explain,
+    Devices,
+    Http,
+    Build,
+)
+
+
+def vocabulary(section: type) -> list[Described]:
+    """The metrics of a section, in order."""
+    return [value for value in vars(section).values() if isinstance(value, Described)]
+
 
 # How an explanation ended: answered; nobody waited any more; the server failed; not within its
 # time beside the streams; what was asked for cannot be shown of the text.
@@ -28,59 +282,98 @@ ExplainOutcome = Literal["finished", "aborted", "failed", "timeout", "refused"]
 
 
 class Metrics:
-    """Counters of one server; its own registry, so that two in one process do not mix."""
+    """What one server counts; its own registry, so that two in one process do not mix."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self._accepted = self._counter("requests_accepted", "Requests admitted to the engine.")
-        self._finished = self._counter(
-            "requests_finished", "Requests answered to the end, by why they ended.", "reason"
-        )
-        self._aborted = self._counter(
-            "requests_aborted", "Requests that nobody waited for any more, by why.", "reason"
-        )
+        self.registry = registry = CollectorRegistry()
+        # Requests
+        self._accepted = Requests.ACCEPTED.to_counter(registry)
+        self._finished = Requests.FINISHED.to_counter(registry)
+        self._aborted = Requests.ABORTED.to_counter(registry)
+        self._failed = Requests.FAILED.to_counter(registry)
+        self._rejected = Requests.REJECTED.to_counter(registry)
+        self._slow_readers = Requests.SLOW_READERS.to_counter(registry)
+        # Latency
+        self.first_token = Latency.FIRST_TOKEN.to_histogram(registry)
+        self.per_output_token = Latency.PER_OUTPUT_TOKEN.to_histogram(registry)
+        self.request = Latency.REQUEST.to_histogram(registry)
+        self._queue = Latency.QUEUE.to_histogram(registry)
+        self._prefill = Latency.PREFILL.to_histogram(registry)
+        self._decode = Latency.DECODE.to_histogram(registry)
+        # Tokens
+        self._prompt = Tokens.PROMPT.to_counter(registry)
+        self._cached = Tokens.CACHED.to_counter(registry)
+        self._generated = Tokens.GENERATED.to_counter(registry)
+        # Explanations
+        self.explanations = ExplanationMetrics(registry)
+        # HTTP
+        self._http_requests = Http.REQUESTS.to_counter(registry)
+        self._http_in_flight = Http.IN_FLIGHT.to_gauge(registry)
+        for route in GENERATING_ROUTES:
+            self._begin_with(route)
+
+    def _begin_with(self, route: str) -> None:
+        self._accepted.labels(route)
+        self._failed.labels(route)
+        self.first_token.labels(route)
+        self.per_output_token.labels(route)
+        for reason in FINISH_REASONS:
+            self._finished.labels(route, reason)
         for reason in get_args(AbortReason):
-            self._aborted.labels(reason)
-        self._slow_readers = self._counter(
-            "slow_readers", "Connections closed because their clients took nothing."
-        )
-        self._failed = self._counter("requests_failed", "Requests that ended with an error.")
-        self._rejected = self._counter(
-            "requests_rejected", "Requests refused before they were admitted, by why.", "reason"
-        )
-        self._in_flight = Gauge(
-            "vitrine_requests_in_flight",
-            "Requests admitted and not ended yet.",
-            registry=self.registry,
-        )
-        self._prompt = self._counter("prompt_tokens", "Tokens of the prompts admitted.")
-        self._generated = self._counter(
-            "generated_tokens", "Tokens generated for clients, stop strings' included."
-        )
-        self.explanations = ExplanationMetrics(self.registry)
+            self._aborted.labels(route, reason)
+        for reason in COMMON_REJECTIONS:
+            self._rejected.labels(route, reason)
+        for outcome in get_args(Outcome):
+            self.request.labels(route, outcome)
 
-    def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"vitrine_{name}", text, labels, registry=self.registry)
-
-    def accepted(self, num_prompt_tokens: int) -> None:
+    def accepted(self, route: str, num_prompt_tokens: int) -> None:
         """A request was admitted."""
-        self._accepted.inc()
-        self._in_flight.inc()
+        self._accepted.labels(route).inc()
         self._prompt.inc(num_prompt_tokens)
 
-    def ended(self, outcome: Outcome, reason: str) -> None:
-        """An admitted request ended; called once for each. `reason` counts unless it failed."""
-        self._in_flight.dec()
-        if outcome == "finished":
-            self._finished.labels(reason).inc()
-        elif outcome == "aborted":
-            self._aborted.labels(reason).inc()
-        else:
-            self._failed.inc()
+    def began(self, route: str, request_id: str, first_token_s: float) -> None:
+        """A request's first token came, so long after the request."""
+        self.first_token.labels(route).observe(first_token_s, exemplar(request_id))
 
-    def rejected(self, reason: str) -> None:
+    def sequence_began(self, request_id: str, queue_s: float, prefill_s: float) -> None:
+        """A sequence's first token came."""
+        named = exemplar(request_id)
+        self._queue.observe(queue_s, named)
+        self._prefill.observe(prefill_s, named)
+
+    def sequence_ended(self, route: str, request_id: str, decode_s: float, num_tokens: int) -> None:
+        """A sequence was answered to its end; it took `decode_s` from its first token to its
+        last."""
+        named = exemplar(request_id)
+        self._decode.observe(decode_s, named)
+        if num_tokens > 1:
+            self.per_output_token.labels(route).observe(decode_s / (num_tokens - 1), named)
+
+    def ended(
+        self,
+        route: str,
+        request_id: str,
+        outcome: Outcome,
+        reason: str,
+        *,
+        duration_s: float,
+        num_cached: int,
+    ) -> None:
+        """An admitted request ended; called once for each. `reason` counts unless it failed;
+        `num_cached` tokens of its prompts were in the cache."""
+        named = exemplar(request_id)
+        if outcome == "finished":
+            self._finished.labels(route, reason).inc(exemplar=named)
+        elif outcome == "aborted":
+            self._aborted.labels(route, reason).inc(exemplar=named)
+        else:
+            self._failed.labels(route).inc(exemplar=named)
+        self.request.labels(route, outcome).observe(duration_s, named)
+        self._cached.inc(num_cached)
+
+    def rejected(self, route: str, reason: str) -> None:
         """A request was refused at the door."""
-        self._rejected.labels(reason).inc()
+        self._rejected.labels(route, reason).inc()
 
     def slow_reader(self) -> None:
         """A connection was closed because its client took nothing."""
@@ -90,48 +383,45 @@ class Metrics:
         """Tokens came from the engine."""
         self._generated.inc(num_tokens)
 
-    def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
+    def http_began(self) -> None:
+        """An HTTP request came."""
+        self._http_in_flight.inc()
+
+    def http_ended(self, route: str, method: str, status: int | None) -> None:
+        """Its response ended, or its client went away."""
+        self._http_in_flight.dec()
+        method = method if method in _METHODS else "other"
+        self._http_requests.labels(route, method, "none" if status is None else status).inc()
+
+    def watch(self, described: Described, value: Callable[[], float]) -> None:
         """Show a number as it is when someone asks."""
-        gauge = Gauge(f"vitrine_{name}", text, registry=self.registry)
-        gauge.set_function(value)
+        described.to_gauge(self.registry).set_function(value)
 
-    def watch_engine(
-        self, stats: Callable[[], EngineStats], health: Callable[[], EngineHealth]
-    ) -> None:
-        """Show the engine's own numbers, as they are when someone asks."""
-        self.registry.register(_EngineCollector(stats))
-        self.registry.register(_HealthCollector(health))
-
-    def exposition(self, accept: str) -> tuple[bytes, str]:
+    async def exposition(self, accept: str) -> tuple[bytes, str]:
         """All metrics as Prometheus text, or as OpenMetrics when `accept` (the header) asks,
-        and the content type."""
+        and the content type. Everything is read at one moment, so that the laws hold; it is
+        written a metric at a time, so that streams go on meanwhile: all of it takes as long as a
+        step of a small model."""
         encoder, content_type = choose_encoder(accept)
-        return encoder(self.registry), content_type
+        pieces = []
+        for family in list(self.registry.collect()):
+            pieces.append(encoder(_OneFamily(family)).removesuffix(_END))
+            await asyncio.sleep(0)
+        if content_type.startswith("application/openmetrics-text"):
+            pieces.append(_END)
+        return b"".join(pieces), content_type
 
 
 class ExplanationMetrics:
     """POST /explain; accepted = ended + in flight, by a law of its own."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self._accepted = Counter(
-            "vitrine_explain_accepted", "Explanations admitted.", registry=registry
-        )
-        self._ended = Counter(
-            "vitrine_explain_requests",
-            "Explanations that ended, by how.",
-            ["outcome"],
-            registry=registry,
-        )
+        self._accepted = Explain.ACCEPTED.to_counter(registry)
+        self._ended = Explain.REQUESTS.to_counter(registry)
         for outcome in get_args(ExplainOutcome):
             self._ended.labels(outcome)
-        self._in_flight = Gauge(
-            "vitrine_explain_in_flight", "Explanations admitted and not ended.", registry=registry
-        )
-        self._compute_s = Counter(
-            "vitrine_explain_compute_seconds",
-            "Time that the engine computed explanations.",
-            registry=registry,
-        )
+        self._in_flight = Explain.IN_FLIGHT.to_gauge(registry)
+        self._compute_s = Explain.COMPUTE.to_counter(registry)
 
     def accepted(self) -> None:
         """One was admitted."""
@@ -145,66 +435,15 @@ class ExplanationMetrics:
         self._compute_s.inc(compute_s)
 
 
-class _EngineCollector(Collector):
-    """Reads `EngineStats` at every scrape."""
+class _OneFamily(Collector):
+    """A registry of one metric, for the library's encoders."""
 
-    def __init__(self, stats: Callable[[], EngineStats]) -> None:
-        self._stats = stats
-
-    def collect(self) -> Iterator[Metric]:
-        stats = self._stats()
-        gauges = [
-            ("sequences_running", "Sequences in the batch.", stats.num_running),
-            ("sequences_waiting", "Sequences in the engine's queue.", stats.num_waiting),
-            ("last_step_seconds", "Duration of the last step.", stats.step_s),
-            ("last_step_tokens", "Tokens computed in the last step.", stats.step_tokens),
-        ]
-        for name, text, value in gauges:
-            yield GaugeMetricFamily(f"vitrine_engine_{name}", text, value)
-        blocks = GaugeMetricFamily(
-            "vitrine_kv_blocks", "Blocks of the KV cache, by state.", labels=["state"]
-        )
-        blocks.add_metric(["free"], stats.free_blocks)
-        blocks.add_metric(["referenced"], stats.referenced_blocks)
-        blocks.add_metric(["cached"], stats.cached_blocks)
-        yield blocks
-        yield GaugeMetricFamily(
-            "vitrine_kv_blocks_total", "Blocks of the KV cache.", stats.total_blocks
-        )
-        counters = [
-            ("steps", "Steps of the engine.", stats.steps),
-            ("preemptions", "Sequences put back to make room.", stats.preemptions),
-            ("prompt_tokens", "Prompt tokens computed.", stats.prompt_tokens),
-            ("generated_tokens", "Tokens sampled.", stats.generated_tokens),
-        ]
-        for name, text, value in counters:
-            yield CounterMetricFamily(f"vitrine_engine_{name}", text, value)
-
-
-class _HealthCollector(Collector):
-    """Reads `EngineHealth` at every scrape."""
-
-    def __init__(self, health: Callable[[], EngineHealth]) -> None:
-        self._health = health
+    def __init__(self, family: Metric) -> None:
+        self._family = family
 
     def collect(self) -> Iterator[Metric]:
-        health = self._health()
-        states = GaugeMetricFamily(
-            "vitrine_engine_state", "1 for the state the engine is in.", labels=["state"]
-        )
-        for state in STATES:
-            states.add_metric([state], float(state == health.state))
-        yield states
-        yield GaugeMetricFamily(
-            "vitrine_engine_heartbeat_age_seconds",
-            "Time since the engine was last heard.",
-            health.heartbeat_age_s,
-        )
-        restarts = CounterMetricFamily(
-            "vitrine_engine_restarts",
-            "Engines replaced, by why: it ended, stalled, sent nonsense, could not start.",
-            labels=["cause"],
-        )
-        for cause in CAUSES:
-            restarts.add_metric([cause], health.restarts.get(cause, 0))
-        yield restarts
+        yield self._family
+
+
+_END = b"# EOF\n"
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -13,7 +14,7 @@ from pydantic import Field, ValidationError
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 
-from service.engine.messages import EngineConfig
+from service.engine.messages import EngineConfig, Measured
 from service.logs import LogFormat, LogLevel
 
 ENVIRONMENT_PREFIX = "VITRINE_"
@@ -51,10 +52,10 @@ class ModelSettings(CommandSettings):
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "float8"] = Field(
         "auto",
         description="of weights and KV cache; auto: float32 on a CPU, else the checkpoint's; int8: "
-        "weights of products in int8, the rest in bfloat16 (CPU)",
+        "weights of products in int8, the rest in bfloat16 (CPU); float8: likewise (GPU)",
     )
     max_model_len: int | None = Field(
         None, ge=1, description="context length in tokens; without it, the model's own"
@@ -72,6 +73,17 @@ class ModelSettings(CommandSettings):
     )
     kv_cache_gb: float | None = Field(
         None, gt=0, description="memory for keys and values in GiB; without it, chosen by need"
+    )
+    gpu_memory_utilization: float = Field(
+        0.9,
+        gt=0,
+        le=1,
+        description="share of a GPU's memory to use: what weights and the largest step leave of it "
+        "is for keys and values, unless kv-cache-gb says how much is",
+    )
+    overlap: bool = Field(
+        True,
+        description="on a GPU, prepare the next step while one runs; a CPU does one at a time",
     )
     block_size: int = Field(32, ge=1, le=512, description="tokens in one KV block")
     threads: int | None = Field(
@@ -180,6 +192,17 @@ class Settings(ModelSettings):
     log_format: LogFormat = Field(
         "auto", description="json, console, or auto: console on a terminal, else json"
     )
+    roofline: str = Field(
+        "idle",
+        description="what this machine can do at best, for metrics: idle measures it shortly when "
+        "there is nothing else to do, off does not, BYTES_PER_S,FLOPS_PER_S (`vitrine bench` has "
+        "both) takes your word",
+    )
+    metric_aliases: str = Field(
+        "",
+        description="show metrics under others' names too: otel, gateway, or both with a comma "
+        "(docs/metrics.md)",
+    )
     otlp_endpoint: str | None = Field(
         None,
         description="send traces to this OpenTelemetry collector (OTLP over HTTP), as "
@@ -219,7 +242,25 @@ def engine_config(settings: ModelSettings, model_dir: Path) -> EngineConfig:
         block_size=settings.block_size,
         threads=settings.threads,
         deterministic=settings.deterministic,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        overlap=settings.overlap,
     )
+
+
+def given_roofline(text: str) -> Measured | None:
+    """What --roofline says of the machine; None when it leaves that to be measured, or not.
+    Raises `SettingsError`."""
+    if text in ("idle", "off"):
+        return None
+    try:
+        read_bytes_per_s, flops_per_s = (float(part) for part in text.split(","))
+    except ValueError:
+        raise SettingsError(
+            f"--roofline {text!r}: idle, off, or two numbers as in 40e9,500e9"
+        ) from None
+    if not (0 < read_bytes_per_s < math.inf and 0 < flops_per_s < math.inf):
+        raise SettingsError(f"--roofline {text!r}: both numbers must be above 0 and finite")
+    return Measured(read_bytes_per_s, flops_per_s)
 
 
 def _describe(error: ErrorDetails) -> str:

@@ -31,6 +31,7 @@ from service.engine.explain_messages import Explained, ExplainPart
 from service.engine.messages import (
     EngineConfig,
     Fatal,
+    Measured,
     ModelInfo,
     Ready,
     Shutdown,
@@ -67,6 +68,9 @@ class Listener(Protocol):
     def engine_stepped(self, step: StepOutput) -> None: ...
 
     def engine_explained(self, message: ExplainPart | Explained) -> None: ...
+    def engine_measured(self, measured: Measured) -> None:
+        """What the machine can do; once."""
+        ...
 
     def engine_lost(self, loss: Loss) -> None:
         """The engine that was ready, or was about to be, is gone."""
@@ -107,6 +111,7 @@ class Supervisor:
         self._began_at = time.monotonic()  # this life; in the future while it is put off
         self._start_s = 0.0  # what the last engine took from there to be ready
         self._fruitless = 0  # lives in a row
+        self._is_measured = False  # what the machine can do
         # Of this life:
         self._ready_at: float | None = None
         self._computed = False
@@ -116,6 +121,11 @@ class Supervisor:
     def heartbeat_age_s(self) -> float:
         """Seconds since the engine was last heard."""
         return time.monotonic() - self._heard_at
+
+    @property
+    def pid(self) -> int | None:
+        """Of the engine process; None while there is none."""
+        return None if self._engine is None else self._engine.process.pid
 
     @property
     def is_silent(self) -> bool:
@@ -189,6 +199,8 @@ class Supervisor:
                 return
             if self.info is not None:
                 config = msgspec.structs.replace(config, row_padding=self.info.row_padding)
+            if self._is_measured:
+                config = msgspec.structs.replace(config, measure_roofline=False)
             await self._before_the_next(death)
 
     async def _before_the_next(self, death: Death) -> None:
@@ -261,6 +273,9 @@ class Supervisor:
             if self.info is None:
                 self.fail(message.reason)
             return Death("start", "could not load the model again", message.reason)
+        elif isinstance(message, Measured):
+            self._is_measured = True
+            self._listener.engine_measured(message)
         elif isinstance(message, Fatal):
             self._last_words = message
         return None

@@ -20,7 +20,7 @@ def make(shape: Shape, target: Path) -> None:
     """Write the checkpoint of a shape into the new folder `target`."""
     if shape.bundled is None:
         _random_weights(shape, target)
-        (target / "tokenizer.json").write_text(json.dumps(_tokenizer(shape.vocab_size)))
+        (target / "tokenizer.json").write_text(json.dumps(tokenizer_of(shape.vocab_size)))
     else:
         target.mkdir(parents=True)
         for name in BUNDLED_FILES:
@@ -45,7 +45,7 @@ def _random_weights(shape: Shape, target: Path) -> None:
     model.save_pretrained(target)
 
 
-def _tokenizer(vocab_size: int) -> dict[str, object]:
+def tokenizer_of(vocab_size: int) -> dict[str, object]:
     """A valid byte-level BPE of exactly so many tokens: end of text, the bytes, then words of
     two, three and four letters, each merged from the word before its last letter."""
     tokens = [END_OF_TEXT, *_byte_letters()]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Generator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,6 +19,8 @@ from model.attention import SelfAttention, causal_mask, scaled_dot_product
 from model.explain.recording import NONE, Ablation, ExplainError, Progress, Recording
 from model.positions import RotaryPositions
 from model.transformer import Transformer
+
+Result = TypeVar("Result")
 
 ROWS = 32  # tokens that a piece of work takes through one layer
 HEAD_ROWS = 8  # tokens whose logits one piece of work computes: a vocabulary is wide
@@ -102,6 +105,16 @@ def continue_greedily(
     return chosen
 
 
+def complete(pieces: Generator[object, None, Result]) -> Result:
+    """All pieces of a run at once, where nobody waits."""
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+
+
 def logits_of(
     model: Transformer,
     residuals: Float[Tensor, "rows hidden"],
@@ -137,7 +150,8 @@ class _Run:
         self.queries = like.new_empty(layers, room, config.num_heads, width)
         self.keys = like.new_empty(layers, room, config.num_kv_heads, width)
         self.values = torch.empty_like(self.keys)
-        self.attention = like.new_zeros(
+        # Filled piece by piece, zeros too: at once, a large one would be a long piece.
+        self.attention = like.new_empty(
             len(kept), config.num_heads, room, room, dtype=torch.float32
         )
 
@@ -187,7 +201,9 @@ class _RecordingStep:
             queries.float().transpose(0, 1), k, v, self._visible(layer).to(qkv.device)
         )
         if layer in run.kept:
-            run.attention[run.kept.index(layer), :, rows, : rows.stop] = weights
+            kept = run.attention[run.kept.index(layer), :, rows]
+            kept[:, :, : rows.stop] = weights
+            kept[:, :, rows.stop :] = 0
         for at, head in run.ablation.heads:
             if at == layer:
                 mixed[head] = 0

@@ -26,8 +26,8 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class TokenScore:
-    """How the model liked a token of the text: its log-probability in nats, and how many
-    tokens were likelier, plus one."""
+    """How the model liked a token of the text: its log-probability in nats, and its rank: 1 is
+    the likeliest, of equals the lowest id."""
 
     logprob: float
     rank: int
@@ -97,7 +97,8 @@ def token_scores(recording: Recording, tokens: range) -> list[TokenScore]:
     for place, token in enumerate(recording.ids[tokens.start : tokens.stop].tolist()):
         logits = recording.logits[tokens.start + place - 1]
         logprob = float(logits[token] - torch.logsumexp(logits, dim=-1))
-        scores.append(TokenScore(logprob, int((logits > logits[token]).sum()) + 1))
+        ahead = int((logits > logits[token]).sum() + (logits[:token] == logits[token]).sum())
+        scores.append(TokenScore(logprob, ahead + 1))
     return scores
 
 

@@ -1,8 +1,8 @@
 """Compiles and loads the C files beside it.
 
 The library is built once per source, compiler flags and processor, in a few seconds, and
-kept in the user's cache folder. A machine without a C compiler serves through PyTorch
-(`EagerForward` in model/forward.py) instead.
+kept in the user's cache folder, unless one that fits was compiled ahead (prebuild.py). A machine
+with neither that nor a C compiler serves through PyTorch (`EagerForward` in model/forward.py).
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from model.kernels.processors import CPU_INFO, Target, features, targets
 from model.kernels.structs import FORWARD_ARGUMENTS, PRODUCT_ARGUMENTS
 
 SOURCES = tuple(
     Path(__file__).with_name(f"{name}.c") for name in ("forward", "linear", "attention")
 )
 HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("kernels", "vectors"))
-FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fopenmp", "-fPIC", "-shared")
+PREBUILT = Path(__file__).with_name("prebuilt")
+HERE = ("-march=native",)
+FLAGS = ("-O3", "-std=gnu11", "-fopenmp", "-fPIC", "-shared")
 BUILD_LIMIT_S = 120
 LANES = 16  # sizes that the kernels take are multiples of this
 
@@ -35,9 +38,11 @@ class NativeKernelError(RuntimeError):
 @cache
 def load() -> ctypes.CDLL:
     """The compiled kernels, built first if need be. Raises `NativeKernelError`."""
-    path = _cache_folder() / f"kernels-{_fingerprint()}.so"
-    if not path.exists():
-        _build(path)
+    path = _built_ahead()
+    if path is None:
+        path = _cache_folder() / f"kernels-{_fingerprint(HERE, _processor())}.so"
+        if not path.exists():
+            _build(path, HERE)
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
@@ -50,6 +55,26 @@ def load() -> ctypes.CDLL:
     return library
 
 
+def build_ahead(target: Target) -> Path:
+    """Compile for a kind of processor, beside the sources; returns the library. Raises
+    `NativeKernelError`."""
+    path = _path_ahead(target)
+    path.parent.mkdir(exist_ok=True)
+    _build(path, target.flags)
+    return path
+
+
+def _built_ahead() -> Path | None:
+    """The best library for this processor among those compiled ahead from these very sources."""
+    here = features()
+    fitting = (_path_ahead(target) for target in targets() if target.needs <= here)
+    return next((path for path in fitting if path.exists()), None)
+
+
+def _path_ahead(target: Target) -> Path:
+    return PREBUILT / f"kernels-{target.name}-{_fingerprint(target.flags)}.so"
+
+
 def _compiler() -> str:
     for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
         if name and (found := shutil.which(name)):
@@ -57,15 +82,19 @@ def _compiler() -> str:
     raise NativeKernelError("there is no C compiler (CC, cc, gcc, clang)")
 
 
-def _fingerprint() -> str:
+def _fingerprint(march: tuple[str, ...], processor: str = "") -> str:
     """Source, flags and processor: what the compiled code depends on."""
-    processor = platform.machine() + platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text().splitlines()
-        processor += "".join(x for x in lines if x.startswith(("model name", "flags")))[:8192]
-    text = "".join(path.read_text() for path in SOURCES + HEADERS) + " ".join(FLAGS) + processor
+    sources = "".join(path.read_text() for path in SOURCES + HEADERS)
+    text = sources + " ".join((*march, *FLAGS)) + processor
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    processor = platform.machine() + platform.processor()
+    if CPU_INFO.exists():
+        lines = CPU_INFO.read_text().splitlines()
+        processor += "".join(x for x in lines if x.startswith(("model name", "flags")))[:8192]
+    return processor
 
 
 def _cache_folder() -> Path:
@@ -82,10 +111,10 @@ def _cache_folder() -> Path:
     return folder
 
 
-def _build(path: Path) -> None:
+def _build(path: Path, march: tuple[str, ...]) -> None:
     """Compile beside the target and rename: another process never loads half a library."""
     beside = path.with_suffix(f".{os.getpid()}")
-    command = [_compiler(), *FLAGS, *map(str, SOURCES), "-o", str(beside), "-lm"]
+    command = [_compiler(), *march, *FLAGS, *map(str, SOURCES), "-o", str(beside), "-lm"]
     try:
         done = subprocess.run(  # noqa: S603 - our own source, the user's compiler
             command, capture_output=True, text=True, timeout=BUILD_LIMIT_S, check=False

@@ -1,6 +1,6 @@
 """Stories in, token ids out.
 
-A corpus is gzip-compressed UTF-8 text, each story followed by a line `<|endoftext|>`
+A corpus is UTF-8 text, perhaps gzip-compressed, each story followed by a line `<|endoftext|>`
 (model/training/data/README.md says where it comes from and under which licence).
 """
 
@@ -23,7 +23,8 @@ HELD_OUT_FILE = CORPUS / "tinystories.valid.txt.gz"
 
 def read_stories(path: Path) -> list[str]:
     """The stories of a corpus file, without their separators."""
-    text = gzip.decompress(path.read_bytes()).decode("utf-8")
+    data = path.read_bytes()
+    text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
     return [story.strip("\n") for story in text.split(END_OF_TEXT) if story.strip()]
 
 

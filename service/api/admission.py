@@ -92,21 +92,21 @@ def check_token_ids(field: str, ids: Iterable[int], vocab_size: int) -> None:
 
 
 @contextmanager
-def rejections_counted(metrics: Metrics) -> Iterator[None]:
-    """Count what is refused before it is admitted, by why."""
+def rejections_counted(metrics: Metrics, route: str) -> Iterator[None]:
+    """Count what is refused before it is admitted, by route and why."""
     try:
         yield
     except ProblemError as error:
-        metrics.rejected(error.kind)
+        metrics.rejected(route, error.kind)
         raise
     except QueueFullError:
-        metrics.rejected("queue-full")
+        metrics.rejected(route, "queue-full")
         raise
     except EngineUnavailableError:
-        metrics.rejected("unavailable")
+        metrics.rejected(route, "unavailable")
         raise
     except NeverFitsError:
-        metrics.rejected("never-fits")
+        metrics.rejected(route, "never-fits")
         raise
 
 

@@ -20,6 +20,7 @@ from service.api import (
     openai_models,
     openapi,
     operations,
+    playground,
     resume,
     tokenization,
 )
@@ -35,7 +36,9 @@ from service.api.structured_output import Checker
 from service.api.visit import Visit, VisitMiddleware, log_line
 from service.chat_renderer import ChatRenderer
 from service.client import Engine
-from service.metrics import Metrics
+from service.metric_aliases import register_aliases
+from service.metric_collectors import BuildCollector, DeviceCollector, EngineCollector
+from service.metrics import Metrics, Requests
 
 DESCRIPTION = "One transformer, one batched engine, one HTTP service."
 
@@ -49,6 +52,7 @@ def create_app(
     chat_renderer: Callable[[], ChatRenderer | None] = lambda: None,
     grammars: Checker | None = None,
     lifespan: Lifespan[Any] | None = None,
+    metric_aliases: tuple[str, ...] = (),
     on_complete: Iterable[Callable[[Visit], None]] = (log_line,),
 ) -> FastAPI:
     """The ASGI application; importing and making it loads no model.
@@ -56,22 +60,28 @@ def create_app(
     `tokenizer` returns None while it is being loaded, `chat_renderer` while the tokenizer is, and
     for a model without a chat template. `app.state.context` is the `ApiContext`. `on_complete` is
     told of each request that is over. Without `grammars`, requests for structured output are
-    refused.
+    refused. `metric_aliases` are sets of `service.metric_aliases.ALIASES`.
     """
     metrics = Metrics()
-    metrics.watch_engine(lambda: engine.stats, lambda: engine.health)
+    devices = DeviceCollector(engine)
+    for collector in (EngineCollector(engine), devices, BuildCollector(engine, model_name)):
+        metrics.registry.register(collector)
+    register_aliases(metric_aliases, metrics, engine, model_name)
     resumable = ResumableStreams(settings.max_detachable, settings.max_detach_bytes)
-    metrics.watch("detachable_requests", "Requests kept for their detach_s.", resumable.__len__)
-    metrics.watch("detachable_bytes", "Bytes of their events.", lambda: resumable.num_bytes)
     recent = RecentRequests(settings.max_explain_tokens)
+    metrics.watch(Requests.DETACHABLE, resumable.__len__)
+    metrics.watch(Requests.DETACHABLE_BYTES, lambda: resumable.num_bytes)
+    generations = ActiveGenerations(engine, metrics, recent)
+    metrics.watch(Requests.IN_FLIGHT, generations.__len__)
     context = ApiContext(
         limits=settings,
         engine=engine,
         tokenizer=tokenizer,
         model_name=model_name,
         metrics=metrics,
+        devices=devices,
         chat_renderer=chat_renderer,
-        generations=ActiveGenerations(engine, metrics, settings.max_events_s, recent),
+        generations=generations,
         resumable=resumable,
         recent=recent,
         grammars=grammars,
@@ -104,10 +114,15 @@ def create_app(
     def count_strangers(visit: Visit) -> None:
         """They come no further than the keys; the routes count what they refuse themselves."""
         if errors.problem_kind_of(visit.scope) == "unauthorized":
-            metrics.rejected("unauthorized")
+            metrics.rejected(visit.route, "unauthorized")
 
     quotas = KeyQuotas(settings.max_requests_per_key, settings.max_tokens_per_minute_per_key)
-    app.add_middleware(VisitMiddleware, quotas=quotas, on_complete=(count_strangers, *on_complete))
+    app.add_middleware(
+        VisitMiddleware,
+        quotas=quotas,
+        metrics=metrics,
+        on_complete=(count_strangers, *on_complete),
+    )
     errors.install(app)
     for module in (
         generate,
@@ -120,6 +135,7 @@ def create_app(
         operations,
     ):
         app.include_router(module.routes(context))
+    app.include_router(playground.routes())
     openapi.install(app, has_keys=bool(settings.api_keys))
     docs.install(app)
     return app

@@ -14,6 +14,7 @@ from service.api.structured_output import Checker
 from service.chat_renderer import ChatRenderer
 from service.client import Engine, EngineUnavailableError
 from service.engine.messages import ModelInfo
+from service.metric_collectors import DeviceCollector
 from service.metrics import Metrics
 
 RETRY_AFTER_START_S = 2.0  # a guess at how long loading still takes
@@ -28,6 +29,7 @@ class ApiContext:
     tokenizer: Callable[[], Tokenizer | None]  # None while it is being loaded
     model_name: str
     metrics: Metrics
+    devices: DeviceCollector
     generations: ActiveGenerations
     chat_renderer: Callable[[], ChatRenderer | None]  # None: the model has no chat template
     resumable: ResumableStreams

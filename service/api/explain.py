@@ -66,7 +66,7 @@ def routes(context: ApiContext) -> APIRouter:
     async def explain(request: Request) -> Response:
         arrived_s = asyncio.get_running_loop().time()
         limits = context.limits
-        with rejections_counted(context.metrics):
+        with rejections_counted(context.metrics, visit_of(request).route):
             body = await read_json(request, ExplainRequest)
             check_enabled(limits)
             shown = await shown_text(body, context, key_name_of(request))

@@ -28,6 +28,8 @@ def requested_heads(
         return None
     if not limits.max_explain_tokens:
         raise invalid_field("explain", OFF)
+    if not info.can_watch:
+        raise invalid_field("explain", f"streams are not explained on {info.attention_backend}")
     num_tokens, limit = body.n * max_tokens, limits.max_explain_stream_tokens
     if num_tokens > limit:
         raise invalid_field(

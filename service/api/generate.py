@@ -55,7 +55,7 @@ def routes(context: ApiContext) -> APIRouter:
     )
     async def generate(request: Request) -> Response:
         arrived_s = asyncio.get_running_loop().time()
-        with rejections_counted(context.metrics):
+        with rejections_counted(context.metrics, visit_of(request).route):
             body = await read_json(request, GenerateRequest)
             plan = await make_plan(
                 body,

@@ -1,9 +1,7 @@
 """One request in flight: its continuations merged, its deadline, and its one end.
 
 Nothing is queued here. `next` takes what each stream of the engine has ready, at most one
-merged output each, and is called again only when the client took the last. With many streams
-it waits a moment between, so that tokens share events: an event costs the same whatever is in
-it, and on a CPU what the API takes the engine lacks.
+merged output each, and is called again only when the client took the last.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from typing import Protocol
 from model.grammar_spec import GrammarSpec
 from model.sampling_params import SamplingParams
 from model.tokenizer import IncrementalDecoder, Tokenizer
-from service.api.continuation import Continuation, Delta, Done
+from service.api.continuation import Continuation, Delta, Done, Times
 from service.api.errors import ProblemError, from_exception, invalid_field
 from service.api.recent import RecentRequests, RequestKey
 from service.api.text import AnswerText, StopStrings
@@ -32,8 +30,6 @@ log = logging.getLogger(__name__)
 # How a request with several continuations ended: the first of these that one of them did.
 _BY_WEIGHT = ("timeout", "cancelled", "length", "stop")
 _MAX_CANCELLED = 1024
-_SHORTEST_PAUSE_S = 0.002  # a shorter one costs more than it saves
-_LONGEST_PAUSE_S = 0.05  # more than that a reader would see
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +84,11 @@ class Ticket(Protocol):
 class Caller(Protocol):
     """Whoever a request is for: asked before it begins, and told how it ended."""
 
+    @property
+    def route(self) -> str:
+        """The way it came in, one of few."""
+        ...
+
     def begin(self, num_tokens: int) -> Ticket:
         """`num_tokens` is what the request may take at most. Raises `ProblemError` when the
         caller may not have it now."""
@@ -103,6 +104,7 @@ class Generation:
         continuations: list[Continuation],
         house: ActiveGenerations,
         ticket: Ticket,
+        route: str,
     ) -> None:
         """Of `ActiveGenerations.admit` alone."""
         plan = plans[0]
@@ -112,15 +114,16 @@ class Generation:
         self._grammars = [one.grammar for plan in plans for one in plan.samplings]
         self._house = house
         self._ticket = ticket
+        self._route = route
         self._open = list(continuations)
         self._settled = False
+        self._has_begun = False  # its first token came
         self._last_items: list[Item] = []  # of a request that we ended, until they are read
         self._news = asyncio.Event()
         for continuation in continuations:
             continuation.stream.notify(self._news)
         loop = asyncio.get_running_loop()
         self._clock = loop.time
-        self._next_s = 0.0  # not before, on this clock, does `next` give anything
         # Not checked when the client reads: the request must end though it never reads.
         self._deadline = loop.call_at(plan.arrived_s + plan.timeout_s, self.end, "timeout")
 
@@ -132,15 +135,12 @@ class Generation:
 
     async def next(self) -> list[Item]:
         """What is new, at least one item; an empty list when everything was said."""
-        if not self._settled and (pause_s := self._next_s - self._clock()) > 0:
-            await asyncio.sleep(pause_s)
         while True:
             self._news.clear()
             items, self._last_items = self._last_items, []
             if not self._settled:
                 items += self._take_all()
             if items or self._settled:
-                self._next_s = self._house.next_tick_s(self._clock())
                 return items
             await self._news.wait()
 
@@ -197,20 +197,42 @@ class Generation:
                 continuation.index,
                 output.error,
             )
+        is_first = continuation.times.first_s is None
         items = continuation.take(output, self._clock())
         self._house.metrics.generated(sum(len(i.token_ids) for i in items if isinstance(i, Delta)))
+        if is_first and continuation.times.first_s is not None:
+            self._began(continuation.times, continuation.times.first_s)
         if continuation.done is not None:
             self._open.remove(continuation)
+            self._ended(continuation)
         if output.finish_reason == "error":
             error = _sequence_error(continuation, self._grammars[continuation.index], output)
             return [*items, *self._fail(error, "cancelled")]
         return items
+
+    def _began(self, times: Times, first_s: float) -> None:
+        """The first token of a continuation came."""
+        metrics, request_id = self._house.metrics, self.plan.request_id
+        metrics.sequence_began(request_id, times.queue_s, times.prefill_s)
+        if not self._has_begun:
+            self._has_begun = True
+            metrics.began(self._route, request_id, first_s - times.arrived_s)
+
+    def _ended(self, continuation: Continuation) -> None:
+        """A continuation was answered to its end, be it with an error."""
+        times, metrics = continuation.times, self._house.metrics
+        if times.first_s is not None:
+            decode_s = times.last_s - times.first_s
+            metrics.sequence_ended(
+                self._route, self.plan.request_id, decode_s, continuation.num_tokens
+            )
 
     def _end_open(self, finish_reason: str) -> list[Item]:
         items: list[Item] = []
         for continuation in self._open:
             continuation.stream.cancel()
             items += continuation.end(finish_reason)
+            self._ended(continuation)
         self._open.clear()
         return items
 
@@ -220,6 +242,11 @@ class Generation:
         self._settle("failed", "")
         return items
 
+    def _num_cached_tokens(self) -> int:
+        """Of its prompts, each counted once."""
+        usages = iter([one.usage().cached_prompt_tokens for one in self.continuations])
+        return sum(max(next(usages) for _ in plan.samplings) for plan in self.plans)
+
     def _settle(self, outcome: Outcome, reason: str) -> None:
         """The one end of the request: counted once, and nothing of it goes on."""
         self._settled = True
@@ -227,34 +254,27 @@ class Generation:
         for continuation in self._open:
             continuation.stream.cancel()
         self._house.forget(self)
-        self._house.metrics.ended(outcome, reason)
+        self._house.metrics.ended(
+            self._route,
+            self.plan.request_id,
+            outcome,
+            reason,
+            duration_s=self._clock() - self.plan.arrived_s,
+            num_cached=self._num_cached_tokens(),
+        )
         self._ticket.ended(self, outcome)
 
 
 class ActiveGenerations:
     """All requests in flight, and the door into the engine."""
 
-    def __init__(
-        self, engine: Engine, metrics: Metrics, max_events_s: float, recent: RecentRequests
-    ) -> None:
-        """`max_events_s`: events a second of all streams together, from which on they wait."""
+    def __init__(self, engine: Engine, metrics: Metrics, recent: RecentRequests) -> None:
         self.metrics = metrics
         self._recent = recent
-        self._max_events_s = max_events_s
         self._engine = engine
         self._active: set[Generation] = set()
         # Ids that were cancelled lately, so that cancelling twice is answered as once.
         self._cancelled: OrderedDict[RequestKey, None] = OrderedDict()
-
-    def next_tick_s(self, now_s: float) -> float:
-        """When a stream that has just given an event gives its next; a time of the clock of
-        `now_s`. All streams wait for the same ticks: on a CPU each time the API wakes up it takes
-        a core from the engine, whose other threads then wait for that one."""
-        pause_s = self._engine.stats.num_running / self._max_events_s
-        if pause_s <= _SHORTEST_PAUSE_S:
-            return now_s
-        pause_s = min(pause_s, _LONGEST_PAUSE_S)
-        return (now_s // pause_s + 1) * pause_s
 
     def admit(self, plans: list[Plan], tokenizer: Tokenizer, caller: Caller) -> Generation:
         """Submit all continuations, or raise what `Caller.begin` or `Engine.submit` raises.
@@ -291,9 +311,9 @@ class ActiveGenerations:
                     log=logs[index],
                 )
             )
-        generation = Generation(plans, continuations, self, ticket)
+        generation = Generation(plans, continuations, self, ticket, caller.route)
         self._active.add(generation)
-        self.metrics.accepted(sum(len(one.prompt_token_ids) for one in plans))
+        self.metrics.accepted(caller.route, sum(len(one.prompt_token_ids) for one in plans))
         return generation
 
     def is_active(self, key: RequestKey) -> bool:

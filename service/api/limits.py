@@ -15,7 +15,6 @@ class ApiLimits:
     body_timeout_s: float = 60.0  # for a whole body to come
     request_timeout_s: float = 600.0  # the longest `timeout_s`, and its default
     keep_alive_s: float = 15.0  # a comment goes out after so long without an event
-    max_events_s: float = 1000.0  # of all streams together; beyond, tokens share events
     max_detachable: int = 128  # requests with `detach_s` that are kept, running or ended
     max_detach_bytes: int = 4 * 2**20  # of events kept for one of them
     api_keys: tuple[ApiKey, ...] = ()  # none: every request is let in

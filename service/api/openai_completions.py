@@ -52,7 +52,7 @@ def routes(context: ApiContext) -> APIRouter:
     )
     async def completions(request: Request) -> Response:
         arrived_s = asyncio.get_running_loop().time()
-        with rejections_counted(context.metrics):
+        with rejections_counted(context.metrics, visit_of(request).route):
             body = await read_json(request, CompletionRequest)
             check_model(body.model, context)
             body.check()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -15,6 +14,7 @@ from service.api.answers import HealthAnswer, InfoAnswer, KvCacheInfo
 from service.api.context import RETRY_AFTER_START_S, ApiContext
 from service.api.errors import ProblemError, retry_after
 from service.api.openapi import describe, describe_text
+from service.metric_collectors import package_version
 
 _SHOWN_PACKAGES = ("vitrine", "fastapi", "uvicorn", "pydantic", "msgspec", "tokenizers")
 
@@ -23,7 +23,7 @@ def routes(context: ApiContext) -> APIRouter:
     """The routes, on these parts."""
     router = APIRouter(tags=["operations"])
     versions = {"python": platform.python_version()} | {
-        package: _version(package) for package in _SHOWN_PACKAGES
+        package: package_version(package) for package in _SHOWN_PACKAGES
     }
 
     @router.get("/health/live", summary="The process answers", **describe(None, HealthAnswer))
@@ -51,17 +51,11 @@ def routes(context: ApiContext) -> APIRouter:
         **describe_text("text/plain", "application/openmetrics-text"),
     )
     async def metrics(request: Request) -> Response:
-        data, content_type = context.metrics.exposition(request.headers.get("accept", ""))
+        await context.devices.refresh()
+        data, content_type = await context.metrics.exposition(request.headers.get("accept", ""))
         return Response(data, headers={"content-type": content_type})
 
     return router
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # run from a checkout
-        return "not installed"
 
 
 def _info(context: ApiContext, versions: dict[str, str]) -> InfoAnswer:

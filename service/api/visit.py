@@ -23,15 +23,16 @@ from service.api.continuation import combined
 from service.api.errors import from_exception, problem_kind_of
 from service.api.generation import Generation
 from service.api.identity import key_name_of
+from service.api.playground import FILES_ROUTE
 from service.api.quotas import Charge, KeyQuotas
-from service.metrics import Outcome
+from service.metrics import Metrics, Outcome
 
 log = logging.getLogger("vitrine.request")
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _STATE = "visit"
-# Asked for every few seconds by machines.
-_QUIET_ROUTES = ("/health/live", "/health/ready", "/metrics")
+# Asked for every few seconds by machines, or dozens at a time by browsers.
+_QUIET_ROUTES = ("/health/live", "/health/ready", "/metrics", FILES_ROUTE)
 
 
 @dataclass(slots=True, eq=False)
@@ -115,9 +116,14 @@ class VisitMiddleware:
     it is over; the last resort for exceptions that nothing inside knows."""
 
     def __init__(
-        self, app: ASGIApp, quotas: KeyQuotas, on_complete: Sequence[Callable[[Visit], None]]
+        self,
+        app: ASGIApp,
+        quotas: KeyQuotas,
+        metrics: Metrics,
+        on_complete: Sequence[Callable[[Visit], None]],
     ) -> None:
         self.app = app
+        self._metrics = metrics
         self._quotas = quotas
         self._on_complete = on_complete
 
@@ -128,6 +134,7 @@ class VisitMiddleware:
         wanted = Headers(scope=scope).get("x-request-id", "")
         request_id = wanted if _SANE_ID.fullmatch(wanted) else uuid.uuid4().hex
         visit = Visit(scope, request_id, self._quotas, self._on_complete)
+        self._metrics.http_began()
         # A copy: a server may hand one dict to all requests.
         scope["state"] = {**scope.get("state", {}), "request_id": request_id, _STATE: visit}
 
@@ -146,6 +153,7 @@ class VisitMiddleware:
             await from_exception(error).response(scope)(scope, receive, send_with_id)
         finally:
             visit.ended_s = time.monotonic()
+            self._metrics.http_ended(visit.route, scope["method"], visit.status)
             visit.check_complete()
 
 

@@ -43,7 +43,8 @@ class StepRecord:
     @property
     def is_decode(self) -> bool:
         """Each of its tokens gave a sequence its next one: no prompts, nothing recomputed."""
-        return self.num_prompt_tokens == 0 and self.profile.num_tokens == len(self.contexts)
+        num_tokens = self.profile.num_tokens
+        return self.num_prompt_tokens == 0 and 0 < num_tokens == len(self.contexts)
 
 
 @dataclass(frozen=True, slots=True)

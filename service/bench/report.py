@@ -14,8 +14,8 @@ from rich.text import Text
 
 from service.bench.machine import Machine
 from service.bench.results import Measurement, Result
-from service.bench.roofline import Roofline
 from service.engine.messages import ModelInfo
+from service.engine.roofline import Roofline
 
 GIB = 2**30
 

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from service.bench.measure import Run, StepRecord
-from service.bench.roofline import Roofline
-from service.bench.traffic import Traffic
 from service.bench.workload import Workload
+from service.engine.roofline import Roofline
+from service.engine.traffic import Traffic
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,10 +24,10 @@ from service.settings import ModelSettings, SettingsError, engine_config, read_s
 
 if TYPE_CHECKING:
     from service.bench.results import Measurement
-    from service.bench.roofline import Roofline
-    from service.bench.traffic import Traffic
     from service.engine.core import EngineCore
     from service.engine.messages import ModelInfo
+    from service.engine.roofline import Roofline
+    from service.engine.traffic import Traffic
 
 
 WIDTH = 120
@@ -127,8 +127,9 @@ def _bench(settings: BenchSettings) -> int:
 
     from service.bench.machine import describe_machine, peak_memory_bytes, reset_peak_memory
     from service.bench.report import Report, render
-    from service.bench.roofline import measure_roofline
-    from service.bench.traffic import traffic_of
+    from service.engine.roofline import measure_roofline
+    from service.engine.start import WEIGHTS
+    from service.engine.traffic import traffic_of
 
     core, info = _start(settings)
     needed = settings.prompt_len + settings.output_len
@@ -138,10 +139,10 @@ def _bench(settings: BenchSettings) -> int:
             f"{needed} tokens; the context holds {info.context_length}"
         )
     device = torch.device(info.device)
-    dtype = torch.bfloat16 if info.dtype == "int8" else getattr(torch, info.dtype)
+    dtype = torch.bfloat16 if info.dtype in WEIGHTS else getattr(torch, info.dtype)
     machine = describe_machine(device)
     roofline = measure_roofline(device, dtype)
-    traffic = traffic_of(core.runner.config, dtype, int8=info.dtype == "int8")
+    traffic = traffic_of(core.runner.config, dtype, int8=info.dtype in WEIGHTS)
     reset_peak_memory()
     measurements: list[Measurement] = []
     status = 0

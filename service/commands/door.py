@@ -29,7 +29,6 @@ def api_limits(settings: Settings) -> ApiLimits:
         max_body_bytes=settings.max_body_bytes,
         request_timeout_s=settings.request_timeout_s,
         keep_alive_s=settings.keep_alive_s,
-        max_events_s=settings.max_events_s,
         max_detachable=settings.max_detachable,
         max_detach_bytes=settings.max_detach_bytes,
         max_explain_tokens=settings.max_explain_tokens if settings.explain else 0,

@@ -12,8 +12,10 @@ from pathlib import Path
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from service.api.app import create_app
+from service.api.limits import ApiLimits
 from service.api.visit import log_line
 from service.client import EngineClient
 from service.commands.connections import (
@@ -27,8 +29,9 @@ from service.commands.door import api_limits, check_tls, warn_if_open
 from service.commands.loading import LoadedModel
 from service.grammars.checker import GrammarChecker
 from service.http_protocol import ConnectionLimits, bounded
-from service.metrics import Metrics
-from service.settings import Settings, SettingsError
+from service.metric_aliases import AliasError, parse_aliases
+from service.metrics import Http, Metrics, Requests
+from service.settings import Settings, SettingsError, given_roofline
 from service.tracing import TracingError, start_tracing
 
 log = logging.getLogger("vitrine")
@@ -101,6 +104,39 @@ class DrainingServer(uvicorn.Server):
             cut(connection)
 
 
+def make_app(
+    settings: Settings,
+    limits: ApiLimits,
+    client: EngineClient,
+    model: LoadedModel,
+    grammars: GrammarChecker | None,
+) -> tuple[FastAPI, Callable[[], None] | None]:
+    """The app around these parts, and what to call off the event loop when it has ended. Raises
+    `SettingsError`."""
+    name = served_name(settings)
+    try:
+        tracing = start_tracing(settings.otlp_endpoint, name)
+    except TracingError as error:
+        raise SettingsError(f"--otlp-endpoint: {error}") from None
+    try:
+        aliases = parse_aliases(settings.metric_aliases)
+    except AliasError as error:
+        raise SettingsError(f"--metric-aliases: {error}") from None
+    client.record.roofline = given_roofline(settings.roofline)
+    told = [log_line] if tracing is None else [log_line, tracing.on_complete]
+    app = create_app(
+        limits,
+        client,
+        model.get_tokenizer,
+        name,
+        chat_renderer=model.get_chat_renderer,
+        grammars=grammars,
+        metric_aliases=aliases,
+        on_complete=told,
+    )
+    return app, None if tracing is None else tracing.shutdown
+
+
 def make_server(
     settings: Settings,
     client: EngineClient,
@@ -111,21 +147,7 @@ def make_server(
     check_tls(settings)
     limits = api_limits(settings)
     warn_if_open(settings.host, has_keys=bool(limits.api_keys), has_tls=bool(settings.tls_cert))
-    name = served_name(settings)
-    try:
-        tracing = start_tracing(settings.otlp_endpoint, name)
-    except TracingError as error:
-        raise SettingsError(f"--otlp-endpoint: {error}") from None
-    told = [log_line] if tracing is None else [log_line, tracing.on_complete]
-    app = create_app(
-        limits,
-        client,
-        model.get_tokenizer,
-        name,
-        chat_renderer=model.get_chat_renderer,
-        grammars=grammars,
-        on_complete=told,
-    )
+    app, on_end = make_app(settings, limits, client, model, grammars)
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -151,12 +173,11 @@ def make_server(
     except OSError as error:  # ssl's errors are of this kind
         raise SettingsError(f"--tls-cert, --tls-key or --tls-client-ca: {error}") from None
     metrics: Metrics = app.state.context.metrics
-    on_end = None if tracing is None else tracing.shutdown
     server = DrainingServer(config, client, settings.slow_reader_s, metrics.slow_reader, on_end)
     loop = asyncio.get_running_loop()
-    metrics.watch("journal_entries", "Sequences in the journal.", lambda: client.in_flight)
-    metrics.watch("http_connections", "Open connections.", lambda: len(server.connections))
-    metrics.watch("asyncio_tasks", "Tasks in the API.", lambda: len(asyncio.all_tasks(loop)))
+    metrics.watch(Requests.JOURNAL_ENTRIES, lambda: client.in_flight)
+    metrics.watch(Http.CONNECTIONS, lambda: len(server.connections))
+    metrics.watch(Http.TASKS, lambda: len(asyncio.all_tasks(loop)))
     return server
 
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from model.chat_template import ChatTemplateError, read_chat_template
 from model.hub import HubError, resolve_model
 from model.tokenizer import Tokenizer, TokenizerError
@@ -56,7 +58,13 @@ class LoadedModel:
                 lambda: resolve_model(self.settings.model, self.settings.revision)
             )
             self.directory = directory
-            self.client.start(engine_config(self.settings, directory))
+            self.client.start(
+                msgspec.structs.replace(
+                    engine_config(self.settings, directory),
+                    max_events_s=self.settings.max_events_s,
+                    measure_roofline=self.settings.roofline == "idle",
+                )
+            )
             override = self.settings.chat_template
             template = await asyncio.to_thread(read_chat_template, directory, override)
             tokenizer = await asyncio.to_thread(Tokenizer.from_directory, directory)

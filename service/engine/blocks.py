@@ -126,6 +126,13 @@ class BlockPool:
             self._hash_of[block] = value
             self._block_of[value] = block
 
+    def forget(self, blocks: Seq[int]) -> list[int]:
+        """Say that the contents of referenced blocks are not to be found again; who holds one
+        keeps it. Returns those with a single holder."""
+        for block in blocks:
+            self._forget(block)
+        return [block for block in blocks if self._references[block] == 1]
+
     def check(self) -> None:
         """Raise `ConservationError` unless free + referenced + cached == total."""
         referenced = sum(1 for count in self._references if count > 0)
@@ -142,8 +149,10 @@ class BlockPool:
 
     def _evict(self) -> int:
         block, _ = self._cached.popitem(last=False)
-        value = self._hash_of[block]
+        self._forget(block)
+        return block
+
+    def _forget(self, block: int) -> None:
+        value, self._hash_of[block] = self._hash_of[block], None
         if value is not None:
             del self._block_of[value]
-        self._hash_of[block] = None
-        return block

@@ -2,6 +2,16 @@
 
 `loop.py` puts it behind a socket; `vitrine generate` and the offline benchmarks call it
 directly.
+
+Two orders of the same verbs. Plain, a step is scheduled, launched and booked, and then comes the
+next. Overlapped, on a device that works while the host does something else:
+
+    host     schedule 1, launch 1 | schedule 2, launch 2 | book 1 | schedule 3, launch 3 | book 2
+    device                          1 1 1 1 1 1 1 1 1 1 1 1 2 2 2 2 2 2 2 2 2 2 2 2 2 2 3 3 3 3 3
+
+Step 2 needs the tokens of step 1, which stay on the device; the host counts them as `UNREAD` until
+it books step 1. What it learns then, an end or an abort, comes one step late: step 2 has a token
+of that sequence too many, which is thrown away when step 2 is booked.
 """
 
 from __future__ import annotations
@@ -14,14 +24,22 @@ import msgspec
 from model.sampling import SampledTokens
 from service.engine.grammars import GrammarQueue
 from service.engine.guests import Begin
-from service.engine.messages import EngineFinish, EngineStats, SequenceOutput, Submit, TokenLogprob
+from service.engine.messages import (
+    EngineFinish,
+    EngineStats,
+    SequenceOutput,
+    StepRecord,
+    Submit,
+    TokenLogprob,
+)
 from service.engine.pace import PromptPace
 from service.engine.profile import StepProfile
 from service.engine.recorder import Recorder
-from service.engine.runner import Runner
-from service.engine.scheduler import Scheduled, Scheduler
-from service.engine.sequence import Sequence
+from service.engine.runner import Result, StepRunner
+from service.engine.scheduler import Launched, Scheduled, Scheduler
+from service.engine.sequence import UNREAD, Sequence
 from service.engine.sights import Sights
+from service.engine.traffic import Traffic
 from service.grammars import MISSING, GrammarError
 
 # How long a step that has nothing to run waits for a grammar.
@@ -29,25 +47,48 @@ GRAMMAR_WAIT_S = 0.01
 
 
 @dataclass(slots=True)
+class _Flight:
+    """What a step launched and nobody has booked yet: one result, or several when a part of the
+    step failed and the rest ran without it."""
+
+    profile: StepProfile
+    began: float
+    parts: list[tuple[list[Launched], Result]] = field(default_factory=list)
+
+    @property
+    def sequence_ids(self) -> list[int]:
+        return [item.sequence.id for items, _ in self.parts for item in items]
+
+
+@dataclass(slots=True)
 class EngineCore:
     """Scheduler and runner, and the books about them."""
 
     scheduler: Scheduler
-    runner: Runner
+    runner: StepRunner
+    overlap: bool = False  # prepare the next step while one runs; needs a DeviceRunner
     grammars: GrammarQueue | None = None  # None: none can be followed here
     explain: Begin | None = None  # begins the work of a guest; None: there are no guests
     pace: PromptPace = field(default_factory=lambda: PromptPace(0.0))
     sequences: dict[int, Sequence] = field(default_factory=dict)
     last_step: StepProfile = field(default_factory=StepProfile)
     recorder: Recorder | None = None
+    traffic: Traffic | None = None  # None: nobody asks what steps had to read and to do
     _refused: list[SequenceOutput] = field(default_factory=list)
+    _flight: _Flight | None = None
+    _booked_at: float = 0.0  # when the last step was, in seconds of time.monotonic()
     _steps: int = 0
     _prompt_tokens: int = 0
     _generated_tokens: int = 0
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or bool(self._refused) or bool(self.grammars)
+        return (
+            self.scheduler.has_work
+            or self._flight is not None
+            or bool(self._refused)
+            or bool(self.grammars)
+        )
 
     def add(self, request: Submit) -> None:
         """Queue a sequence. One that could never run is answered with an error instead."""
@@ -81,25 +122,20 @@ class EngineCore:
         self.scheduler.remove(sequence)
 
     def step(self) -> list[SequenceOutput]:
-        """Run one step over what the scheduler chooses."""
+        """Launch a step over what the scheduler chooses, and book it, or when overlapping the
+        one before it."""
         self._take_compiled()
         outputs, self._refused = self._refused, []
-        profile = self.last_step = StepProfile()
-        began = time.monotonic()
-        scheduled = self.scheduler.schedule(self.pace.prompt_tokens)
-        num_decodes = sum(item.num_tokens == 1 for item in scheduled)
-        profile.num_tokens = sum(item.num_tokens for item in scheduled)
-        profile.referenced_blocks = self.scheduler.pool.num_referenced
-        profile.schedule_s = time.monotonic() - began
-        for item in scheduled:
-            if item.sequence.started_at is None:
-                item.sequence.started_at = began
-        outputs += self._run(scheduled)
+        if self.overlap and not self._must_read_first():
+            flight = self._launch(outputs)
+            outputs += self._land(self._flight)
+            self._flight = flight
+        else:
+            outputs += self._land(self._flight)
+            self._flight = None
+            outputs += self._land(self._launch(outputs))
         if self.recorder is not None:
-            self.recorder.end()
-        self._steps += 1
-        profile.step_s = time.monotonic() - began
-        self.pace.stepped(profile.step_s, num_decodes, profile.num_tokens - num_decodes)
+            self.recorder.begin([] if self._flight is None else self._flight.sequence_ids)
         return outputs
 
     def stats(self) -> EngineStats:
@@ -116,8 +152,26 @@ class EngineCore:
             steps=self._steps,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
-            step_s=self.last_step.step_s,
-            step_tokens=self.last_step.num_tokens,
+            cache_queries=self.scheduler.num_cache_queries,
+            cache_hits=self.scheduler.num_cache_hits,
+        )
+
+    def step_record(self) -> StepRecord | None:
+        """The last step for whoever keeps the books of all; None when it computed nothing."""
+        last = self.last_step
+        if not last.num_sequences:
+            return None
+        return StepRecord(
+            last.num_sequences,
+            last.num_decodes,
+            last.num_tokens,
+            last.step_s,
+            last.schedule_s,
+            last.build_s,
+            last.forward_s,
+            last.sample_s,
+            last.num_bytes,
+            last.flops,
         )
 
     def _refusal(self, request: Submit) -> str | None:
@@ -130,6 +184,8 @@ class EngineCore:
             return f"token ids must lie in 0 .. {vocab_size - 1}"
         if request.sampling.grammar is not None and self.grammars is None:
             return MISSING
+        if request.explain is not None and not self.runner.can_watch:
+            return "this engine cannot tell what its tokens look at"
         if request.id in self.sequences:
             return f"sequence id {request.id} is already running"
         if len(request.output_token_ids) >= request.sampling.max_tokens:
@@ -157,36 +213,89 @@ class EngineCore:
                 sequence.matcher = matcher
                 self.scheduler.add(sequence)
 
-    def _run(self, scheduled: list[Scheduled]) -> list[SequenceOutput]:
-        """Forward and book. When the forward raises, each half runs by itself, and so on, so
+    def _must_read_first(self) -> bool:
+        """Whether the next step cannot be prepared without the tokens of the one that runs: a
+        grammar says what may follow a token only when it has seen it."""
+        return any(sequence.matcher is not None for sequence in self.scheduler.running)
+
+    def _launch(self, outputs: list[SequenceOutput]) -> _Flight | None:
+        """Schedule a step and start it; None when there is nothing to run. Sequences whose
+        launch fails end in `outputs`."""
+        flight = _Flight(StepProfile(), time.monotonic())
+        profile = flight.profile
+        scheduled = self.scheduler.schedule(self.pace.prompt_tokens)
+        profile.num_sequences = len(scheduled)
+        profile.num_decodes = sum(item.num_tokens == 1 for item in scheduled)
+        profile.num_tokens = sum(item.num_tokens for item in scheduled)
+        profile.referenced_blocks = self.scheduler.pool.num_referenced
+        profile.schedule_s = time.monotonic() - flight.began
+        for item in scheduled:
+            if item.sequence.started_at is None:
+                item.sequence.started_at = flight.began
+        if self.traffic is not None and scheduled:
+            profile.num_bytes, profile.flops = _needs(self.traffic, scheduled, profile.num_decodes)
+        outputs += self._launch_part(scheduled, flight)
+        return flight if scheduled else None
+
+    def _launch_part(self, scheduled: list[Scheduled], flight: _Flight) -> list[SequenceOutput]:
+        """Run and count. When the forward raises, each half runs by itself, and so on, so
         that only the sequence that is at fault ends with an error (law 6), and a step that did
         not fit the memory runs in parts. Computing again what was computed changes nothing."""
         if not scheduled:
             return []
         if self.recorder is not None:
-            self.recorder.begin([item.sequence.id for item in scheduled])
+            running = [] if self._flight is None else self._flight.sequence_ids
+            own = [item.sequence.id for item in scheduled]
+            self.recorder.begin(list(dict.fromkeys(own + running + flight.sequence_ids)))
         try:
-            sampled, sights = self.runner.run(scheduled, self.last_step)
+            result = self.runner.launch(scheduled, flight.profile)
         except Exception as error:  # noqa: BLE001 - whatever it is, it must cost one sequence only
             if len(scheduled) > 1:
                 middle = len(scheduled) // 2
-                return self._run(scheduled[:middle]) + self._run(scheduled[middle:])
+                outputs = self._launch_part(scheduled[:middle], flight)
+                return outputs + self._launch_part(scheduled[middle:], flight)
             return [self._fail(scheduled[0].sequence, f"{type(error).__name__}: {error}")]
-        return self._book(scheduled, sampled, sights)
+        items = [self.scheduler.launched(item) for item in scheduled]
+        for item in items:
+            if item.samples:
+                item.sequence.token_ids.append(UNREAD)
+        flight.parts.append((items, result))
+        return []
+
+    def _land(self, flight: _Flight | None) -> list[SequenceOutput]:
+        """Wait for a step's tokens and book them. Its time counts from where the one before it
+        ended, if it was launched during that one."""
+        if flight is None:
+            self.last_step = StepProfile()
+            return []
+        profile = self.last_step = flight.profile
+        outputs = []
+        for items, result in flight.parts:
+            outputs += self._book(items, result.read(profile), result.sights)
+        self._steps += 1
+        now = time.monotonic()
+        profile.step_s = now - max(flight.began, self._booked_at)
+        self._booked_at = now
+        self.pace.stepped(
+            profile.step_s, profile.num_decodes, profile.num_tokens - profile.num_decodes
+        )
+        return outputs
 
     def _book(
-        self, scheduled: list[Scheduled], sampled: SampledTokens, sights: Sights
+        self, items: list[Launched], sampled: SampledTokens, sights: Sights
     ) -> list[SequenceOutput]:
         token_ids = sampled.token_ids.tolist()
         outputs = []
-        row = 0
-        for item in scheduled:
+        row = -1
+        for item in items:
             sequence = item.sequence
-            samples = item.samples
-            prompt_before = min(sequence.num_computed, sequence.num_prompt)
+            row += item.samples
+            if self.sequences.get(sequence.id) is not sequence:
+                continue  # it ended, or was aborted, while this was computed
+            num_prompt = sequence.num_prompt
+            self._prompt_tokens += min(item.end, num_prompt) - min(item.start, num_prompt)
             self.scheduler.computed(item)
-            self._prompt_tokens += min(sequence.num_computed, sequence.num_prompt) - prompt_before
-            if not samples:
+            if not item.samples:
                 continue
             if row in sampled.bad_rows:
                 outputs.append(self._fail(sequence, sampled.bad_rows[row]))
@@ -194,18 +303,20 @@ class EngineCore:
                 chosen = sampled.logprobs[row] if sampled.logprobs is not None else None
                 logprob = None if chosen is None else TokenLogprob(*chosen[:3], list(chosen.top))
                 seen = sights.get(sequence.id)
-                outputs.append(self._append(sequence, token_ids[row], logprob, seen))
-            row += 1
+                outputs.append(self._read(sequence, item.end, token_ids[row], logprob, seen))
         return outputs
 
-    def _append(
+    def _read(
         self,
         sequence: Sequence,
+        place: int,
         token_id: int,
         logprob: TokenLogprob | None,
         seen: msgspec.Raw | None,
     ) -> SequenceOutput:
-        first = sequence.num_output == 0
+        """The token at `place` of the sequence is known. Another may already be drawn."""
+        num_output = place + 1 - sequence.num_prompt
+        first = num_output == 1
         matcher = sequence.matcher
         stop_ids = sequence.sampling.stop_token_ids
         is_eos = not sequence.sampling.ignore_eos and token_id in self.runner.eos_token_ids
@@ -215,13 +326,13 @@ class EngineCore:
             matcher.advance([token_id])
             if matcher.error is not None:
                 return self._fail(sequence, matcher.error)
-        sequence.token_ids.append(token_id)
+        sequence.token_ids[place] = token_id
         self._generated_tokens += 1
-        if sequence.num_output > sequence.sampling.min_tokens and (is_eos or token_id in stop_ids):
+        if num_output > sequence.sampling.min_tokens and (is_eos or token_id in stop_ids):
             finish_reason, stop_token_id = "stop", token_id
         elif matcher is not None and matcher.is_complete:
             finish_reason = "stop"
-        elif sequence.num_output >= sequence.sampling.max_tokens:
+        elif num_output >= sequence.sampling.max_tokens:
             finish_reason = "length"
         if finish_reason is not None:
             self._forget(sequence)
@@ -239,7 +350,10 @@ class EngineCore:
         )
 
     def _fail(self, sequence: Sequence, reason: str) -> SequenceOutput:
-        self._forget(sequence)
+        """End it with an error. What it computed may be the reason, such as NaN, which would go
+        on to whoever gets its blocks: a masked position counts 0 times its value."""
+        del self.sequences[sequence.id]
+        self.runner.cache.clear(self.scheduler.discard(sequence))
         matcher, spec = sequence.matcher, sequence.sampling.grammar
         if matcher is not None and matcher.error is not None:  # then that is why
             if self.grammars is not None and spec is not None:
@@ -250,6 +364,14 @@ class EngineCore:
     def _forget(self, sequence: Sequence) -> None:
         del self.sequences[sequence.id]
         self.scheduler.remove(sequence)
+
+
+def _needs(traffic: Traffic, scheduled: list[Scheduled], num_decodes: int) -> tuple[float, float]:
+    """Bytes and operations of a step that has not been booked yet."""
+    if num_decodes == len(scheduled):  # most steps, and short ones
+        return traffic.decode([item.sequence.num_computed + 1 for item in scheduled])
+    spans = [(item.sequence.num_computed, item.num_tokens) for item in scheduled]
+    return traffic.step(spans, sum(item.samples for item in scheduled))
 
 
 def _failure(sequence: Sequence, reason: str, *, is_grammar_error: bool = False) -> SequenceOutput:

@@ -20,7 +20,7 @@ class Heartbeat:
         self._began_at = self._told_at = time.monotonic()
 
     def step_begins(self) -> None:
-        """The API has just been told everything."""
+        """The API was told everything, now or a moment ago (outbox.py)."""
         self._began_at = self._told_at = time.monotonic()
 
     def __call__(self, step_tokens: int = 0) -> None:

@@ -31,15 +31,16 @@ from service.engine.messages import (
     EngineConfig,
     Fatal,
     FromEngine,
+    ModelInfo,
     Ready,
     Shutdown,
     StartFailed,
-    StepOutput,
     Submit,
     ToEngine,
     encode,
     to_engine_decoder,
 )
+from service.engine.outbox import Outbox
 from service.engine.recorder import Recorder
 
 if TYPE_CHECKING:
@@ -87,18 +88,29 @@ def serve(socket: zmq.Socket[bytes]) -> None:
         send(socket, StartFailed(missing))
         return
     heartbeat = Heartbeat(lambda progress: send(socket, progress))
-    core = start(socket, config, heartbeat)
-    if core is None:
+    started = start(socket, config, heartbeat)
+    if started is None:
         return
+    core, info = started
+    from service.engine.idle import IdleRoofline
+
+    idle = (
+        IdleRoofline(core.runner.cache.keys.device, info.dtype) if config.measure_roofline else None
+    )
     core.recorder = Recorder(_folder())
     guests = Guests(core.explain, partial(send, socket), core.recorder)
-    while handle_messages(socket, core, guests):
+    outbox = Outbox(config.max_events_s)
+    while handle_messages(socket, core, outbox, guests):
         heartbeat.step_begins()
         stepped = core.has_work
-        outputs = core.step() if stepped else []
+        if stepped:
+            outbox.add(core.step(), core.step_record())
+        elif idle is not None and not guests.has_work and (measured := idle.look()) is not None:
+            send(socket, measured)
         if not core.has_work:
             core.scheduler.pool.check()
-        send(socket, StepOutput(outputs, core.stats()))
+        if not core.has_work or outbox.is_due(len(core.scheduler.running)):
+            send(socket, outbox.take(core.stats()))
         if stepped:
             guests.after_step(is_last=not core.has_work)
         elif guests.has_work:
@@ -117,7 +129,7 @@ def import_libraries() -> str:
 
 def start(
     socket: zmq.Socket[bytes], config: EngineConfig, heartbeat: Heartbeat
-) -> EngineCore | None:
+) -> tuple[EngineCore, ModelInfo] | None:
     """Load the model and report; None when that failed (and was said)."""
     from model.checkpoint import CheckpointError
     from model.config import ConfigError
@@ -133,10 +145,12 @@ def start(
         send(socket, StartFailed(f"loading failed: {type(error).__name__}: {first_line}"))
         return None
     send(socket, Ready(info))
-    return core
+    return core, info
 
 
-def handle_messages(socket: zmq.Socket[bytes], core: EngineCore, guests: Guests) -> bool:
+def handle_messages(
+    socket: zmq.Socket[bytes], core: EngineCore, outbox: Outbox, guests: Guests
+) -> bool:
     """Take in what has arrived; waits a heartbeat's length when there is nothing to do.
     False when the engine is to end."""
     wait_ms = 0 if core.has_work or guests.has_work else int(HEARTBEAT_S * 1000)
@@ -146,6 +160,7 @@ def handle_messages(socket: zmq.Socket[bytes], core: EngineCore, guests: Guests)
             core.add(message)
         elif isinstance(message, Abort):
             core.abort(message.id)
+            outbox.forget(message.id)
         elif isinstance(message, Explain):
             guests.add(message)
         elif isinstance(message, EndExplain):

@@ -1,7 +1,7 @@
 """What crosses the boundary between the API process and the engine process; nothing else does.
 
 msgspec structs as MessagePack, length-bounded and schema-checked on arrival; never pickle.
-One `StepOutput` goes up per engine step, whatever the batch.
+At most one `StepOutput` goes up per engine step, whatever the batch.
 """
 
 from __future__ import annotations
@@ -26,12 +26,17 @@ class EngineConfig(msgspec.Struct, frozen=True, tag=True):
     max_num_seqs: int = 64
     max_batched_tokens: int = 1024
     max_step_ratio: float = 2.0
+    max_events_s: float = 1000.0
     kv_cache_bytes: int | None = None
     block_size: int = 32
     threads: int | None = None
     deterministic: bool = True
+    gpu_memory_utilization: float = 0.9
+    overlap: bool = True
     # (minimum, multiple) that an earlier engine of this server measured: not measured again.
     row_padding: tuple[int, int] | None = None
+    # Whether to measure what the machine can do, as soon as there is nothing else to do.
+    measure_roofline: bool = False
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
@@ -85,6 +90,9 @@ class ModelInfo(msgspec.Struct, frozen=True):
     deterministic: bool
     attention_backend: str
     row_padding: tuple[int, int] | None = None  # see EngineConfig; None: none holds
+    device_name: str = ""  # of a GPU
+    device_uuid: str | None = None  # of a GPU, as its driver knows it
+    can_watch: bool = True  # tells what tokens look at: `explain` of /generate
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -113,7 +121,7 @@ EngineFinish = Literal["stop", "length", "error", "cancelled"]
 
 
 class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
-    """What one sequence got in this step."""
+    """What one sequence got since its last output."""
 
     id: int
     token_ids: list[int]
@@ -142,15 +150,33 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     steps: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
-    step_s: float = 0.0
-    step_tokens: int = 0
+    # Tokens of sequences looked for in the prefix cache when they began to run, and those found.
+    cache_queries: int = 0
+    cache_hits: int = 0
+
+
+class StepRecord(msgspec.Struct, frozen=True, array_like=True):
+    """What a step computed and where its time went; times are seconds (profile.py)."""
+
+    num_sequences: int
+    num_decodes: int  # of the sequences, those with one token
+    num_tokens: int
+    step_s: float
+    schedule_s: float = 0.0
+    build_s: float = 0.0
+    forward_s: float = 0.0
+    sample_s: float = 0.0
+    num_bytes: float = 0.0  # that it had to read
+    flops: float = 0.0  # that it had to do
 
 
 class StepOutput(msgspec.Struct, frozen=True, tag=True):
-    """All tokens of one step, and the heartbeat; empty when the engine is idle."""
+    """The tokens of one step, or of some (outbox.py), and the heartbeat; empty when the engine is
+    idle."""
 
     outputs: list[SequenceOutput]
     stats: EngineStats
+    steps: list[StepRecord] = []  # that computed something since the last message
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
@@ -161,6 +187,13 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
     running_s: float = 0.0  # since the step began
 
 
+class Measured(msgspec.Struct, frozen=True, tag=True):
+    """What the engine's device can do at best, with the engine's threads and in its dtype."""
+
+    read_bytes_per_s: float
+    flops_per_s: float
+
+
 class Fatal(msgspec.Struct, frozen=True, tag=True):
     """Last words: the engine ends because of this exception."""
 
@@ -168,7 +201,9 @@ class Fatal(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-FromEngine = Ready | StartFailed | StepOutput | Progress | Fatal | ExplainPart | Explained
+FromEngine = (
+    Ready | StartFailed | StepOutput | Progress | Measured | Fatal | ExplainPart | Explained
+)
 
 
 class MessageTooLargeError(ValueError):

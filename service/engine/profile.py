@@ -11,6 +11,10 @@ class StepProfile:
     launch the kernels and `sample_s` holds the wait for them."""
 
     num_tokens: int = 0  # computed: decodes and prompt chunks
+    num_sequences: int = 0  # that had tokens computed
+    num_decodes: int = 0  # of them, those with one token
+    num_bytes: float = 0.0  # that had to be read (traffic.py)
+    flops: float = 0.0  # operations that had to be done
     referenced_blocks: int = 0  # at the step's height, before the finished gave theirs back
     schedule_s: float = 0.0  # who runs, and blocks for them
     build_s: float = 0.0  # batch and sampling parameters as tensors

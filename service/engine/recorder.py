@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 FILE_NAME = "step"
-MAX_IDS = 4096  # the highest --max-num-seqs
+MAX_IDS = 2 * 4096  # of two steps at once, with the highest --max-num-seqs
 _NUMBER = struct.Struct("=q")
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from model.batch import ForwardBatch
 from model.config import ModelConfig
 from model.cpu import RowPadding
 from model.forward import Forward
+from model.kv_cache import KVCache
 from model.sampling import SampledTokens, SamplingBatch, SamplingRow, sample
 from model.token_mask import TokenMask
 from service.engine.profile import StepProfile
@@ -24,13 +26,62 @@ from service.engine.sights import NOTHING_SEEN, Sights, seen, watching
 NOTHING_SAMPLED = SampledTokens(torch.empty(0, dtype=torch.int64))
 
 
-@dataclass(frozen=True, slots=True)
-class Runner:
+class Result(Protocol):
+    """A launched step."""
+
+    def read(self, profile: StepProfile) -> SampledTokens:
+        """Its tokens, once they are there; row i belongs to the i-th item of the step that
+        samples. The wait is added to `profile`."""
+        ...
+
+    @property
+    def sights(self) -> Sights:
+        """What sequences saw that explain themselves; there when the tokens are."""
+        ...
+
+
+class StepRunner(Protocol):
     """Runs the model over what the scheduler chose."""
 
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def cache(self) -> KVCache:
+        """The one that the forward reads and writes."""
+        ...
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def can_watch(self) -> bool:
+        """Whether it tells what sequences look at that explain themselves."""
+        ...
+
+    def launch(self, step: list[Scheduled], profile: StepProfile) -> Result:
+        """Start a forward and a draw. The time each part took is added to `profile`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A step whose tokens were there when it returned."""
+
+    tokens: SampledTokens
+    sights: Sights = field(default_factory=dict)
+
+    def read(self, profile: StepProfile) -> SampledTokens:
+        return self.tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Runner:
+    """The plain runner: fresh tensors for each step, and nothing returns before it is done."""
+
     forward: Forward
+    cache: KVCache  # the one that `forward` reads and writes
     config: ModelConfig
-    block_size: int
     eos_token_ids: tuple[int, ...]
     device: torch.device
     # Rows of a step, and rows whose logits are wanted, are padded so that a row's result does
@@ -39,14 +90,22 @@ class Runner:
     # Called between layers with the step's number of tokens: a sign of life.
     heartbeat: Callable[[int], None] | None = None
 
+    @property
+    def can_watch(self) -> bool:
+        return True
+
+    def launch(self, step: list[Scheduled], profile: StepProfile) -> Done:
+        """Here launched is done."""
+        return Done(*self.run(step, profile))
+
     @torch.inference_mode()
     def run(self, step: list[Scheduled], profile: StepProfile) -> tuple[SampledTokens, Sights]:
         """One forward and one draw. Row i of the tokens belongs to the i-th item of `step`
         that samples; beside them, what those saw that explain themselves. The time each part
         took is added to `profile`."""
         began = time.monotonic()
-        batch = build_batch(step, self.block_size, self.padding, self.device)
-        batch = watching(batch, step, self.config, self.block_size, self.device)
+        batch = build_batch(step, self.cache.block_size, self.padding, self.device)
+        batch = watching(batch, step, self.config, self.cache.block_size, self.device)
         drawing = [item.sequence for item in step if item.samples]
         rows = [_sampling_row(sequence) for sequence in drawing]
         sampling = SamplingBatch.build(

@@ -52,6 +52,18 @@ class Scheduled:
         return self.num_tokens == self.sequence.num_uncomputed
 
 
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """What a step computes of a sequence, kept until its result is read: the sequence may have
+    moved on by then."""
+
+    sequence: Sequence
+    start: int
+    end: int
+    samples: bool
+    num_preemptions: int
+
+
 @dataclass(slots=True)
 class Scheduler:
     """The queues and the policy. Plain Python: tested without a model."""
@@ -61,6 +73,8 @@ class Scheduler:
     waiting: list[Sequence] = field(default_factory=list)  # sorted by rank
     running: list[Sequence] = field(default_factory=list)  # sorted by rank
     num_preemptions: int = 0
+    num_cache_queries: int = 0  # tokens looked for in the prefix cache
+    num_cache_hits: int = 0  # tokens found there
     _arrivals: int = 0
 
     @property
@@ -95,6 +109,14 @@ class Scheduler:
         queue.remove(sequence)
         self._give_back(sequence)
 
+    def discard(self, sequence: Sequence) -> list[int]:
+        """Take a sequence out whose keys and values cannot be trusted: no prefix in its blocks
+        is known any more. Returns the blocks that nobody else holds: they are free now, and
+        what is in them is to be cleared."""
+        blocks = self.pool.forget(sequence.blocks)
+        self.remove(sequence)
+        return blocks
+
     def schedule(self, prompt_tokens: int | None = None) -> list[Scheduled]:
         """Choose this step's tokens and give every chosen sequence the blocks for them.
 
@@ -106,7 +128,7 @@ class Scheduler:
         step: dict[int, Scheduled] = {}
         preempted: set[int] = set()
         for sequence in self._service_order():
-            if sequence.id in preempted or budget == 0:
+            if sequence.id in preempted or budget == 0 or sequence.is_full:
                 continue
             count = min(sequence.num_uncomputed, budget)
             if not is_decode(sequence):
@@ -138,13 +160,21 @@ class Scheduler:
             prompt_budget -= count
         return list(step.values())
 
-    def computed(self, item: Scheduled) -> None:
-        """Book a step's tokens as computed and remember blocks that it filled. Call before
-        the sampled token is appended."""
-        sequence, size = item.sequence, self.pool.block_size
-        full_before = sequence.num_computed // size
+    def launched(self, item: Scheduled) -> Launched:
+        """Count a step's tokens as computed: what is launched later finds them there. Call
+        before the sampled token is appended."""
+        sequence, samples = item.sequence, item.samples
+        start = sequence.num_computed
         sequence.num_computed += item.num_tokens
-        full = sequence.num_computed // size
+        return Launched(sequence, start, sequence.num_computed, samples, sequence.num_preemptions)
+
+    def computed(self, item: Launched) -> None:
+        """Remember the blocks that a step filled, now that all their tokens are known; those of
+        a sequence that was preempted meanwhile are its own no more."""
+        sequence, size = item.sequence, self.pool.block_size
+        if sequence.num_preemptions != item.num_preemptions:
+            return
+        full_before, full = item.start // size, item.end // size
         if full > full_before:
             hashes = sequence.hashes(full, size)
             for index in range(full_before, full):
@@ -181,6 +211,8 @@ class Scheduler:
         self.pool.share(known)
         sequence.blocks = known
         sequence.num_computed = len(known) * size
+        self.num_cache_queries += len(sequence.token_ids)
+        self.num_cache_hits += sequence.num_computed
         if sequence.cached_prompt_tokens is None:
             sequence.cached_prompt_tokens = min(sequence.num_computed, sequence.num_prompt)
         self.waiting.pop(0)
@@ -191,6 +223,7 @@ class Scheduler:
         self.running.remove(sequence)
         self._give_back(sequence)
         insort(self.waiting, sequence, key=_rank)
+        sequence.num_preemptions += 1
         self.num_preemptions += 1
 
     def _give_back(self, sequence: Sequence) -> None:

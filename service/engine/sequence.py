@@ -19,6 +19,10 @@ from model.sampling_params import SamplingParams
 from service.engine.blocks import ROOT_HASH, block_hash
 from service.grammars import TextMatcher
 
+# Stands in `token_ids` for a token that was drawn and that the host has not read yet: always the
+# last one, and only while the next step is prepared during this one (service/engine/core.py).
+UNREAD = -1
+
 
 @dataclass(slots=True, eq=False)
 class Sequence:
@@ -37,11 +41,18 @@ class Sequence:
     arrived_at: float = 0.0
     started_at: float | None = None
     explain: list[tuple[int, int]] | None = None  # see `Submit`
+    num_preemptions: int = 0
+    seat: int = -1  # where its last token lies on the device; read only while that is UNREAD
     matcher: TextMatcher | None = None  # where the output stands in its grammar
 
     @property
     def num_output(self) -> int:
         return len(self.token_ids) - self.num_prompt
+
+    @property
+    def is_full(self) -> bool:
+        """Its last token was drawn, if perhaps not read: there is nothing left to compute."""
+        return self.num_output >= self.sampling.max_tokens
 
     @property
     def num_uncomputed(self) -> int:

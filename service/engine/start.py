@@ -14,7 +14,7 @@ from model.checkpoint_files import read_checkpoint_info
 from model.config import ModelConfig
 from model.cpu import RowPadding
 from model.kv_cache import KVCache, bytes_per_block
-from model.select import Int8UnavailableError, select_forward
+from model.select import Selection, Weights, WeightsUnavailableError, select_forward
 from model.transformer import Transformer
 from service.engine.blocks import BlockPool
 from service.engine.core import EngineCore
@@ -23,8 +23,9 @@ from service.engine.grammars import GrammarQueue
 from service.engine.heartbeat import Heartbeat
 from service.engine.messages import EngineConfig, ModelInfo
 from service.engine.pace import PromptPace
-from service.engine.runner import Runner
+from service.engine.runner import Runner, StepRunner
 from service.engine.scheduler import Limits, Scheduler
+from service.engine.traffic import traffic_of_model
 from service.grammars import are_installed
 
 log = logging.getLogger("vitrine.engine")
@@ -34,7 +35,9 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "int8": torch.bfloat16,  # of everything but the weights of products
+    "float8": torch.bfloat16,
 }
+WEIGHTS: dict[str, Weights] = {"int8": "int8", "float8": "float8"}  # of products
 # Without an instruction the cache holds this many full-length sequences, or this many
 # bytes, whichever is less.
 DEFAULT_CACHE_SEQUENCES = 64
@@ -127,45 +130,26 @@ def assemble(
     device, max_model_len = model.embedding.weight.device, model.max_positions
     num_parameters = sum(p.numel() for p in model.parameters())
     dtype = model.embedding.weight.dtype
-    num_blocks = _num_blocks(config, model.config, dtype, max_model_len)
-    cache = KVCache.allocate(
-        model.config,
-        num_blocks=num_blocks,
-        block_size=config.block_size,
-        dtype=dtype,
-        device=device,
-    )
-    try:
-        selection = select_forward(
-            model,
-            cache,
-            deterministic=config.deterministic,
-            int8=config.dtype == "int8",
-            padding=None if config.row_padding is None else RowPadding(*config.row_padding),
-        )
-    except Int8UnavailableError as error:
-        raise StartError(f"dtype int8 cannot be served here: {error}") from error
+    # Of plain weights: the forward packs them.
+    traffic = traffic_of_model(model, dtype, int8=config.dtype in WEIGHTS)
+    limits = Limits(config.max_num_seqs, config.max_batched_tokens, max_model_len)
+    cache, selection = _cache_and_forward(model, config, limits)
     for miss in selection.misses:
         log.warning("%s", miss)
-    limits = Limits(config.max_num_seqs, config.max_batched_tokens, max_model_len)
+    runner = _make_runner(selection, cache, model.config, limits, eos_token_ids, heartbeat)
     core = EngineCore(
-        Scheduler(limits, BlockPool(num_blocks, config.block_size)),
-        Runner(
-            selection.forward,
-            model.config,
-            config.block_size,
-            eos_token_ids,
-            device,
-            padding=selection.padding or RowPadding(),
-            heartbeat=heartbeat,
-        ),
+        Scheduler(limits, BlockPool(cache.num_blocks, config.block_size)),
+        runner,
+        overlap=config.overlap and not isinstance(runner, Runner),
         pace=PromptPace(config.max_step_ratio),
         explain=partial(explain, model, eos_token_ids),
+        traffic=traffic,
     )
+    gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     info = ModelInfo(
         family=model.config.family,
         num_parameters=num_parameters,
-        dtype="int8" if config.dtype == "int8" else str(dtype).removeprefix("torch."),
+        dtype=config.dtype if config.dtype in WEIGHTS else str(dtype).removeprefix("torch."),
         device=str(device),
         vocab_size=model.config.vocab_size,
         num_layers=model.config.num_layers,
@@ -176,7 +160,7 @@ def assemble(
         context_length=max_model_len,
         eos_token_ids=list(eos_token_ids),
         block_size=config.block_size,
-        num_blocks=num_blocks,
+        num_blocks=cache.num_blocks,
         kv_cache_bytes=cache.keys.nbytes + cache.values.nbytes,
         weight_bytes=selection.weight_bytes,
         load_s=time.monotonic() - began,
@@ -189,8 +173,92 @@ def assemble(
             if selection.padding is None
             else (selection.padding.minimum, selection.padding.multiple)
         ),
+        device_name="" if gpu is None else gpu.name,
+        device_uuid=None if gpu is None else str(gpu.uuid),
+        can_watch=runner.can_watch,
     )
     return core, info
+
+
+def _select(model: Transformer, cache: KVCache, config: EngineConfig) -> Selection:
+    try:
+        return select_forward(
+            model,
+            cache,
+            deterministic=config.deterministic,
+            weights=WEIGHTS.get(config.dtype, "plain"),
+            padding=None if config.row_padding is None else RowPadding(*config.row_padding),
+        )
+    except WeightsUnavailableError as error:
+        raise StartError(f"dtype {config.dtype} cannot be served here: {error}") from error
+
+
+def _make_runner(
+    selection: Selection,
+    cache: KVCache,
+    model: ModelConfig,
+    limits: Limits,
+    eos_token_ids: tuple[int, ...],
+    heartbeat: Heartbeat | None,
+) -> StepRunner:
+    """A GPU's, when Triton's kernels serve; else the plain one."""
+    if selection.name == "cuda":
+        from model.fused import FusedForward
+        from service.engine.device.runner import DeviceRunner
+
+        if isinstance(selection.forward, FusedForward):
+            return DeviceRunner(
+                selection.forward, limits, eos_token_ids=eos_token_ids, heartbeat=heartbeat
+            )
+    return Runner(
+        selection.forward,
+        cache,
+        model,
+        eos_token_ids,
+        cache.keys.device,
+        padding=selection.padding or RowPadding(),
+        heartbeat=heartbeat,
+    )
+
+
+def _cache_and_forward(
+    model: Transformer, config: EngineConfig, limits: Limits
+) -> tuple[KVCache, Selection]:
+    """The KV cache and what runs over it. On a GPU that is asked for no size, the largest step
+    runs first, over a cache of one block, and shows what it leaves. Raises `StartError`."""
+    dtype, device = model.embedding.weight.dtype, model.embedding.weight.device
+
+    def allocate(num_blocks: int) -> KVCache:
+        return KVCache.allocate(
+            model.config,
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            dtype=dtype,
+            device=device,
+        )
+
+    if device.type == "cpu" or config.kv_cache_bytes is not None:
+        cache = allocate(_num_blocks(config, model.config, dtype, limits.max_model_len))
+        return cache, _select(model, cache, config)
+    selection = _select(model, allocate(1), config)
+    if selection.name != "cuda":
+        cache = allocate(_num_blocks(config, model.config, dtype, limits.max_model_len))
+        return cache, _select(model, cache, config)
+    from model.fused import FusedForward
+    from model.kernels.gpu.kernels import TRITON
+    from service.engine.device.memory import OutOfMemoryError, measure
+
+    if not isinstance(selection.forward, FusedForward):
+        raise TypeError(f"a GPU forward of {type(selection.forward).__name__}")
+    least = -(-limits.max_model_len // config.block_size)
+    per_block = bytes_per_block(model.config, config.block_size, dtype)
+    try:
+        memory = measure(selection.forward, TRITON, limits, model.config.vocab_size, device)
+        cache = allocate(memory.num_blocks(config.gpu_memory_utilization, per_block, least))
+    except (OutOfMemoryError, torch.cuda.OutOfMemoryError) as error:
+        raise StartError(str(error).partition("\n")[0]) from error
+    selection.forward.use_cache(cache)
+    return cache, selection
 
 
 def _num_blocks(

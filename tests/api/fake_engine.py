@@ -19,6 +19,7 @@ from service.engine.explain_messages import (
     Sight,
 )
 from service.engine.messages import EngineStats, ModelInfo, SequenceOutput, TokenLogprob
+from service.engine_record import EngineRecord
 from service.explanations import Explanation, Explanations
 from service.health import EngineHealth
 from service.journal import SequenceRequest
@@ -176,6 +177,7 @@ class FakeEngine:
         self.state: EngineState = "idle"
         self.state_reason = ""
         self.refuse: Exception | None = None
+        self.record = EngineRecord()
         self.streams: list[FakeStream] = []
         self.requests: list[SequenceRequest] = []
         self.guests = Explanations(self.sent_to_guest.append)

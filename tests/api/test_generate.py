@@ -331,41 +331,6 @@ async def test_the_deadline_ends_it_with_what_it_has(house: Houses) -> None:
         assert h.counts()["requests_finished_total:timeout"] == 1
 
 
-async def test_with_many_streams_tokens_share_events(house: Houses) -> None:
-    """The first goes out at once; after it they wait a little for each other."""
-    h = house(max_events_s=60)  # three sequences run, says the engine: 0.05 s
-    exchange = h.exchange({"prompt": "a"})
-    await exchange.until_events(1)
-    [stream] = h.engine.streams
-    stream.give(49)
-    await exchange.until_events(2)
-    for token_id in range(50, 70):
-        stream.give(token_id)
-        await asyncio.sleep(0)
-    stream.give(finish="length")
-    events = await exchange.finish()
-    check_stream(events, events[0].json["id"])
-    shared = [event["token_ids"] for event in of_type(events, "token")]
-    assert shared[0] == [49]
-    assert [one for ids in shared for one in ids] == [49, *range(50, 70)]
-    assert len(shared) <= 3, "one, or two with a tick between them"
-
-
-async def test_a_client_that_leaves_while_its_tokens_wait_cancels(house: Houses) -> None:
-    h = house(max_events_s=60)
-    exchange = h.exchange({"prompt": "a"})
-    await exchange.until_events(1)
-    [stream] = h.engine.streams
-    stream.give(49)
-    await exchange.until_events(2)
-    stream.give(50)
-    exchange.disconnect()
-    await exchange.finish()
-    assert stream.cancelled
-    assert h.counts()["requests_aborted_total:client-gone"] == 1
-    h.check_balance()
-
-
 @pytest.mark.parametrize("n", [1, 2])
 async def test_the_deadline_ends_it_though_the_client_does_not_read(house: Houses, n: int) -> None:
     """It ends at once, and with every token that had come, sent or not."""

@@ -92,14 +92,14 @@ async def test_metrics_add_up_and_parse(house: Houses) -> None:
     assert odd.status_code == 200
     for parse, text in ((parse_prometheus, plain.text), (parse_openmetrics, open_metrics.text)):
         samples = {
-            (sample.name, *sample.labels.values()): sample.value
+            (sample.name, *(sample.labels[name] for name in sorted(sample.labels))): sample.value
             for family in parse(text)
             for sample in family.samples
         }
         assert all(family.documentation for family in parse(text))
-        assert samples["vitrine_requests_accepted_total",] == 1
-        assert samples["vitrine_requests_finished_total", "length"] == 1
-        assert samples["vitrine_requests_rejected_total", "invalid-request"] == 1
+        assert samples["vitrine_requests_accepted_total", "/generate"] == 1
+        assert samples["vitrine_requests_finished_total", "length", "/generate"] == 1
+        assert samples["vitrine_requests_rejected_total", "invalid-request", "/generate"] == 1
         assert samples["vitrine_requests_in_flight",] == 0
         assert samples["vitrine_prompt_tokens_total",] == 3
         assert samples["vitrine_generated_tokens_total",] == 2

@@ -8,14 +8,19 @@ from dataclasses import dataclass, replace
 import torch
 
 from model.backends.cpu import CpuBackend
+from model.backends.cuda import CudaBackend
 from model.config import ModelConfig
 from model.cpu import RowPadding, choose_padding
 from model.forward import EagerForward, Forward
+from model.fused import FusedForward
+from model.kernels.gpu.kernels import TWINS, Kernels
 from model.kv_cache import KVCache
+from model.products import fixed_product, library_product
 from model.sampling_params import SamplingParams
 from model.transformer import Transformer
 from service.engine.blocks import BlockPool
 from service.engine.core import EngineCore
+from service.engine.device.runner import DeviceRunner
 from service.engine.messages import SequenceOutput, Submit
 from service.engine.runner import Runner
 from service.engine.scheduler import Limits, Scheduler
@@ -74,6 +79,38 @@ def eager_forward(model: Transformer, cache: KVCache) -> EagerForward:
     return EagerForward(model, CpuBackend(model.config, cache))
 
 
+def make_device_core(
+    model: Transformer,
+    *,
+    num_blocks: int = 64,
+    block_size: int = 8,
+    max_num_seqs: int = 16,
+    max_batched_tokens: int = 64,
+    overlap: bool = False,
+    buckets: tuple[int, ...] = (1, 2, 4, 8, 16),
+    kernels: Kernels = TWINS,
+    is_deterministic: bool = False,
+) -> EngineCore:
+    """The engine of a GPU, on a GPU or wherever `model` lies: the same code, with the kernels'
+    twins unless told otherwise, and with steps done instead of captured."""
+    config, weight = model.config, model.embedding.weight
+    cache = KVCache.allocate(
+        config,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        dtype=weight.dtype,
+        device=weight.device,
+        by_token=True,
+    )
+    limits = Limits(max_num_seqs, max_batched_tokens, config.max_positions)
+    backend = CudaBackend(config, cache, config.max_positions, is_deterministic, kernels)
+    make_product = fixed_product(kernels) if is_deterministic else library_product
+    forward = FusedForward(model, backend, make_product=make_product)
+    runner = DeviceRunner(forward, limits, eos_token_ids=(EOS,), buckets=buckets)
+    scheduler = Scheduler(limits, BlockPool(num_blocks, block_size))
+    return EngineCore(scheduler, runner, overlap=overlap)
+
+
 def make_core(
     model: Transformer,
     *,
@@ -97,8 +134,8 @@ def make_core(
         Scheduler(limits, BlockPool(num_blocks, block_size)),
         Runner(
             make_forward(model, cache) if make_forward else eager_forward(model, cache),
+            cache,
             config,
-            block_size,
             (EOS,),
             torch.device("cpu"),
             padding=RowPadding() if make_forward else choose_padding(model) or RowPadding(),

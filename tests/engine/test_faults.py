@@ -54,3 +54,26 @@ def test_a_step_that_does_not_fit_the_memory_runs_in_parts() -> None:
 
     with patch.object(Runner, "run", run):
         assert run_all(make_core(model), requests) == expected
+
+
+def test_what_a_broken_sequence_computed_reaches_nobody() -> None:
+    """A prompt whose keys and values are NaN: whoever gets its blocks next, with the same first
+    tokens or not, gets what it would have got without it."""
+    model = random_model()
+    core = make_core(
+        model, num_blocks=8, max_num_seqs=8, max_batched_tokens=8
+    )  # 20 tokens come in three chunks
+    requests = [submit(i, [40 + i] * 20, max_tokens=12, seed=i) for i in range(2)]
+    expected = run_all(
+        make_core(model, num_blocks=8, max_num_seqs=8, max_batched_tokens=8), requests
+    )
+    embedding = model.embedding.weight
+    healthy = embedding[40].clone()
+    with torch.inference_mode():
+        embedding[40] = torch.nan  # what a faulty memory may do
+    broken = run_all(core, [submit(7, [40] * 20, max_tokens=12)])[7]
+    assert (broken.finish_reason, broken.token_ids) == ("error", [])
+    assert core.scheduler.pool.num_free == 8, "nothing of it is remembered"
+    with torch.inference_mode():
+        embedding[40] = healthy
+    assert run_all(core, requests) == expected

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -14,6 +14,7 @@ import torch
 from model.compiled import CompiledForward
 from model.config import ModelConfig
 from model.forward import Forward
+from model.kernels.gpu.kernels import TRITON
 from model.kv_cache import KVCache
 from model.transformer import Transformer
 from service.engine.core import EngineCore
@@ -26,10 +27,12 @@ from tests.engine.engines import (
     Result,
     collect,
     make_core,
+    make_device_core,
     random_model,
     run_all,
     submit,
 )
+from tests.model.gpu.setting import DEVICE
 
 POISON = VOCAB_SIZE - 1
 
@@ -41,6 +44,7 @@ class Setup:
     model: Transformer
     block_size: int
     make_forward: Callable[[Transformer, KVCache], Forward] | None = None
+    on_device: bool | None = None  # a GPU's engine, and whether it overlaps its steps
 
     @property
     def num_requests(self) -> int:
@@ -48,6 +52,17 @@ class Setup:
         return 200 if self.make_forward else 50
 
     def core(self, *, num_blocks: int = 64, max_batched_tokens: int = 256) -> EngineCore:
+        if self.on_device is not None:
+            return make_device_core(
+                self.model,
+                num_blocks=num_blocks,
+                block_size=self.block_size,
+                max_batched_tokens=max_batched_tokens,
+                overlap=self.on_device,
+                buckets=(1, 4, 16),
+                kernels=TRITON,
+                is_deterministic=True,
+            )
         return make_core(
             self.model,
             num_blocks=num_blocks,
@@ -68,6 +83,14 @@ def served_setup(config: ModelConfig, dtype: torch.dtype, *, int8: bool = False)
     return Setup(random_model(config).to(dtype), 16, make_forward)
 
 
+def gpu_setup(*, overlap: bool) -> Setup:
+    """A GPU's engine, on a GPU; in Triton's interpreter it takes minutes (test_mixing_gpu.py)."""
+    config = replace(TINY_COMPILED, num_layers=1, sliding_windows=(20,))
+    model = random_model(config).to(DEVICE)
+    model.place_position_tables(DEVICE)
+    return Setup(model, 16, on_device=overlap)
+
+
 SETUPS: dict[str, Callable[[], Setup]] = {
     "torch fp32": plain_setup,
     "torch bf16": lambda: Setup(random_model().to(torch.bfloat16), 8),
@@ -76,6 +99,9 @@ SETUPS: dict[str, Callable[[], Setup]] = {
     "compiled int8": lambda: served_setup(TINY_COMPILED, torch.bfloat16, int8=True),
     "gpt2 fp32": lambda: served_setup(TINY_GPT2, torch.float32),
 }
+if torch.cuda.is_available():
+    SETUPS["gpu"] = lambda: gpu_setup(overlap=False)
+    SETUPS["gpu, overlapped"] = lambda: gpu_setup(overlap=True)
 
 
 @pytest.fixture(scope="module", params=SETUPS)

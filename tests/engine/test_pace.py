@@ -46,14 +46,14 @@ def test_the_bound_holds_beside_decodes_only() -> None:
     scheduler.add(make_sequence(1, [1] * 300, 50))
     [whole] = scheduler.schedule(40)
     assert whole.num_tokens == 300, "nobody waits"
-    scheduler.computed(whole)
+    scheduler.computed(scheduler.launched(whole))
     whole.sequence.token_ids.append(1)
     scheduler.add(make_sequence(2, [2] * 100, 50))
     scheduler.add(make_sequence(3, [3] * 100, 50))
     first = scheduler.schedule(40)
     assert [(item.sequence.id, item.num_tokens) for item in first] == [(1, 1), (2, 40)]
     for item in first:
-        scheduler.computed(item)
+        scheduler.computed(scheduler.launched(item))
     first[0].sequence.token_ids.append(1)
     second = scheduler.schedule(70)
     assert [(item.sequence.id, item.num_tokens) for item in second] == [(1, 1), (2, 60), (3, 10)]

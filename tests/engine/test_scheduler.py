@@ -67,7 +67,7 @@ class MockEngine:
             self.compute(item.sequence, item.num_tokens)
         for item in step:
             samples = item.samples
-            scheduler.computed(item)
+            scheduler.computed(scheduler.launched(item))
             if samples:
                 sequence = item.sequence
                 sequence.token_ids.append(next_token(sequence.token_ids))
@@ -176,6 +176,7 @@ def test_a_known_prefix_is_not_computed_again() -> None:
     engine.step()
     assert again.cached_prompt_tokens == 8  # two full blocks of four
     assert engine.finished[2] == alone([*prompt, 77], 1)
+    assert (scheduler.num_cache_queries, scheduler.num_cache_hits) == (10 + 11, 8)
 
 
 def test_a_wholly_known_prompt_still_computes_its_last_token() -> None:

@@ -27,12 +27,14 @@ from torch import Tensor
 
 from model import compiled
 from model.backends.cpu import CpuBackend
+from model.backends.cuda import CudaBackend
 from model.backends.reference import ReferenceBackend
 from model.batch import single_sequence
 from model.checkpoint import Checkpoint, load_checkpoint
 from model.compiled import CompiledForward
 from model.config import ModelConfig
 from model.forward import EagerForward, Forward
+from model.fused import FusedForward
 from model.kv_cache import KVCache
 from model.transformer import Transformer
 
@@ -47,13 +49,17 @@ FORWARDS: dict[str, Callable[[Transformer, KVCache], Forward]] = {
     "cpu-torch": lambda model, cache: EagerForward(model, CpuBackend(model.config, cache)),
     "cpu-compiled": lambda model, cache: CompiledForward(copy.deepcopy(model), cache),
 }
+# In Triton's interpreter some hundred times slower than the others: for a few prompts only.
+FORWARDS["cuda"] = lambda model, cache: FusedForward(
+    model, CudaBackend(model.config, cache, model.max_positions)
+)
 
 
 def forwards_for(config: ModelConfig) -> list[str]:
     """The forwards that can run a model: the compiled one takes sizes of 16, 32, ..."""
     cache = KVCache.allocate(config, num_blocks=1, block_size=BLOCK_SIZE, dtype=torch.float32)
     can_run_compiled = compiled.unsupported(config, cache) is None
-    return [name for name in FORWARDS if name != "cpu-compiled" or can_run_compiled]
+    return [n for n in FORWARDS if n != "cuda" and (n != "cpu-compiled" or can_run_compiled)]
 
 
 @dataclass(frozen=True)
@@ -257,7 +263,11 @@ class PagedRun:
     def __init__(self, checkpoint: Checkpoint, forward: str, max_tokens: int) -> None:
         num_blocks = -(-max_tokens // BLOCK_SIZE)
         cache = KVCache.allocate(
-            checkpoint.config, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=torch.float32
+            checkpoint.config,
+            num_blocks=num_blocks,
+            block_size=BLOCK_SIZE,
+            dtype=torch.float32,
+            by_token=forward == "cuda",
         )
         self._forward = FORWARDS[forward](checkpoint.model, cache)
         order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(num_blocks))

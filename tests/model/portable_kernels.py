@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +19,8 @@ from model.kernels import native
 
 def main(march: str, folder: str) -> int:
     os.environ["XDG_CACHE_HOME"] = folder
-    native.FLAGS = tuple(flag.replace("=native", f"={march}") for flag in native.FLAGS)
+    native.PREBUILT = Path(folder) / "none"
+    native.HERE = (f"-march={march}",)
     options = ["-q", "-m", "not slow", "-p", "no:cacheprovider"]
     return int(
         pytest.main([*options, "tests/model/test_compiled.py", "tests/model/test_attended.py"])

@@ -27,7 +27,7 @@ from model.kernels import native
 from model.kernels.packing import WeightKind, pack
 from model.kv_cache import KVCache
 from model.linear import Linear
-from model.select import Int8UnavailableError, select_forward
+from model.select import WeightsUnavailableError, select_forward
 from tests.engine.engines import TINY_COMPILED, eager_forward, random_model
 
 BOUND = {torch.float32: 5e-6, torch.bfloat16: 3e-2}
@@ -315,8 +315,8 @@ def test_what_compiled_code_cannot_do_runs_in_torch_and_says_why(
     shape = dataclasses.replace(config(), **change)  # type: ignore[arg-type]
     cache = KVCache.allocate(shape, num_blocks=1, block_size=block_size, dtype=dtype)
     model = random_model(shape).to(dtype)
-    with pytest.raises(Int8UnavailableError, match=reason):
-        select_forward(model, cache, deterministic=False, int8=True)
+    with pytest.raises(WeightsUnavailableError, match=reason):
+        select_forward(model, cache, deterministic=False, weights="int8")
     selection = select_forward(model, cache, deterministic=False)
     assert selection.name == "cpu-torch"
     assert reason in selection.misses[0]
@@ -326,6 +326,7 @@ def test_without_a_compiler_torch_serves_and_says_why(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "PREBUILT", tmp_path / "none")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
     native.load.cache_clear()
@@ -346,6 +347,7 @@ def test_a_compiler_that_fails_is_reported_with_its_words(
     compiler.write_text("#!/bin/sh\necho 'cc: no space left' >&2\nexit 1\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "PREBUILT", tmp_path / "none")
     monkeypatch.setenv("CC", str(compiler))
     native.load.cache_clear()
     try:

@@ -19,7 +19,7 @@ from model.backends.reference import ReferenceBackend
 from model.batch import single_sequence
 from model.compiled import CompiledForward
 from model.config import ModelConfig
-from model.explain.record import ROWS, continue_greedily, record
+from model.explain.record import ROWS, complete, continue_greedily, record
 from model.explain.recording import NONE, Ablation, ExplainError
 from model.explain.views import (
     candidates,
@@ -35,7 +35,7 @@ from model.kv_cache import KVCache
 from model.positions import RotaryPositions
 from model.transformer import Transformer
 from tests.engine.engines import TINY, TINY_COMPILED, TINY_GPT2, eager_forward, random_model
-from tests.model.explaining import recorded, run
+from tests.model.explaining import recorded
 
 SHAPES = {
     "grouped-query, window 40, head_dim 20": TINY,
@@ -229,7 +229,7 @@ def test_pieces_are_small_and_counted() -> None:
 def test_only_what_is_wanted_is_kept() -> None:
     model, ids = random_model(TINY), torch.tensor(text(40))
     everything = recorded(model, ids.tolist())
-    little = run(record(model, ids, attention_layers=(2,), every_logit=False))
+    little = complete(record(model, ids, attention_layers=(2,), every_logit=False))
     assert (little.logits - everything.logits[-1:]).abs().max() <= 1e-5
     assert torch.equal(little.weights(2), everything.attention[2])
     with pytest.raises(ExplainError, match="attention of layer 0 was not kept"):
@@ -237,7 +237,7 @@ def test_only_what_is_wanted_is_kept() -> None:
     with pytest.raises(ExplainError, match="every position"):
         token_scores(little, range(1, 40))
     with pytest.raises(ExplainError, match=r"layers \[0, 3\] were asked for of 3"):
-        run(record(model, ids, attention_layers=(0, 3)))
+        complete(record(model, ids, attention_layers=(0, 3)))
 
 
 def test_token_scores_are_log_probabilities_and_ranks() -> None:
@@ -259,7 +259,7 @@ def test_the_lens_of_the_last_layer_is_the_models_own_answer() -> None:
     model, ids = random_model(TINY), text(30)
     recording = recorded(model, ids)
     positions = list(range(0, 30, 3))
-    seen = run(lens(model, recording, positions, 7))
+    seen = complete(lens(model, recording, positions, 7))
     assert len(seen) == TINY.num_layers + 1
     # and of another layer, what a model without the later layers would say
     shorter = copy.deepcopy(model)
@@ -271,7 +271,7 @@ def test_the_lens_of_the_last_layer_is_the_models_own_answer() -> None:
                 assert ours.token_id == theirs.token_id
                 assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
     with pytest.raises(ExplainError, match="position 30 was asked for; there are 30"):
-        run(lens(model, recording, [30], 7))
+        complete(lens(model, recording, [30], 7))
 
 
 def test_top_attention_and_entropy() -> None:
@@ -346,11 +346,11 @@ def test_a_continuation_is_recomputing_everything_each_time(
 ) -> None:
     model, ids = random_model(TINY), text(40)
     ablation = Ablation(heads=heads, edges=frozenset({(30, 2)}))
-    chosen = run(continue_greedily(model, recorded(model, ids, ablation), 6))
+    chosen = complete(continue_greedily(model, recorded(model, ids, ablation), 6))
     for token in chosen:
         assert token == int(recorded(model, ids, ablation).logits[-1].argmax())
         ids = [*ids, token]
-    stopped = run(
+    stopped = complete(
         continue_greedily(model, recorded(model, text(40), ablation), 6, stop=chosen[2:3])
     )
     assert stopped == chosen[: chosen.index(chosen[2]) + 1]
@@ -359,6 +359,6 @@ def test_a_continuation_is_recomputing_everything_each_time(
 def test_a_continuation_ends_with_the_positions() -> None:
     model = random_model(TINY)
     recording = recorded(model, text(250), NONE)
-    assert len(run(continue_greedily(model, recording, 6))) == 6
+    assert len(complete(continue_greedily(model, recording, 6))) == 6
     with pytest.raises(ExplainError, match="257 tokens"):
-        run(continue_greedily(model, recording, 7))
+        complete(continue_greedily(model, recording, 7))

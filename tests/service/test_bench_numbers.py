@@ -12,10 +12,10 @@ from service.bench.machine import CpuWatch, peak_memory_bytes
 from service.bench.measure import RequestRecord, Run, StepRecord
 from service.bench.random_weights import random_model
 from service.bench.results import Measurement, summarize
-from service.bench.roofline import Roofline
-from service.bench.traffic import traffic_of
 from service.bench.workload import Workload, make_arrivals
 from service.engine.profile import StepProfile
+from service.engine.roofline import Roofline
+from service.engine.traffic import traffic_of, traffic_of_model
 
 CONFIG = ModelConfig(
     vocab_size=100,
@@ -70,6 +70,29 @@ def test_a_prefill_is_its_decodes_without_their_heads() -> None:
     traffic = traffic_of(CONFIG, torch.float32)
     decodes = sum(traffic.decode([context])[1] for context in range(4, 11))
     assert traffic.prefill_flops(3, 10) == decodes - 6 * 2 * HEAD
+
+
+@pytest.mark.parametrize("windows", [(), (None, 5)])
+def test_a_chunk_reads_its_keys_once_and_does_what_its_decodes_do(
+    windows: tuple[int | None, ...],
+) -> None:
+    traffic = traffic_of(replace(CONFIG, sliding_windows=windows), torch.float32)
+    decodes = [traffic.decode([context]) for context in range(8, 13)]
+    num_bytes, flops = traffic.step([(7, 5)], num_drawn=0)
+    assert flops == sum(done for _, done in decodes) - 5 * 2 * HEAD
+    # The keys of 12 tokens in one layer; through a window of 5, five queries see nine.
+    per_layer = 2 * 4 * 4
+    keys = 12 * per_layer + (9 if windows else 12) * per_layer
+    assert num_bytes == 4 * (2 * LAYER + NORMS) + keys
+    together, _ = traffic.step([(7, 5), (9, 1)], num_drawn=1)
+    alone = traffic.decode([10])[0]
+    assert together == num_bytes + alone - 4 * (2 * LAYER + NORMS), "weights are read once"
+
+
+def test_a_model_that_is_there_counts_as_its_architecture_does() -> None:
+    for config in (CONFIG, replace(CONFIG, tie_embeddings=False)):
+        model = random_model(config, 16, torch.device("cpu"), torch.bfloat16, seed=0)
+        assert traffic_of_model(model, torch.bfloat16) == traffic_of(config, torch.bfloat16)
 
 
 def test_a_roof_is_the_slower_of_two() -> None:

@@ -21,6 +21,7 @@ from service.engine.messages import (
     Submit,
     ToEngine,
 )
+from service.engine_record import EngineRecord
 from service.in_flight import MAX_DEATHS, MAX_KILLS, InFlight, Loss
 from service.journal import JournalEntry, SequenceRequest
 
@@ -81,7 +82,7 @@ class Journal(RuleBasedStateMachine):
         super().__init__()
         self.engine: PlayedEngine | None = None
         self.readers: list[Reader] = []
-        self.in_flight = InFlight(self._send, Backlog())
+        self.in_flight = InFlight(self._send, Backlog(), EngineRecord())
 
     def _send(self, message: ToEngine) -> None:
         assert self.engine is not None, "a message to nobody"
@@ -134,7 +135,7 @@ class Journal(RuleBasedStateMachine):
         for output in outputs:
             reader = next(r for r in self.readers if r.entry.id == output.id)
             reader.num_dead = reader.num_killed = 0
-            self.in_flight.deliver(output)
+            self.in_flight.deliver(output, 0.0)
 
     @precondition(lambda self: self.engine is not None)
     @rule(data=st.data(), outside=st.booleans(), knows=st.booleans(), unheard=st.booleans())
@@ -206,7 +207,7 @@ def test_what_cannot_be_sent_ends_with_the_numbers() -> None:
     def refuse(message: ToEngine) -> None:
         raise MessageTooLargeError("a Submit message of 9 bytes was to be sent; the limit is 8")
 
-    in_flight = InFlight(refuse, Backlog())
+    in_flight = InFlight(refuse, Backlog(), EngineRecord())
     in_flight.engine_ready()
     (entry,) = in_flight.add([SequenceRequest([1], SamplingParams())])
     output = entry.take()

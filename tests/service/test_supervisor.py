@@ -19,6 +19,7 @@ from service.engine.messages import (
     EngineStats,
     Fatal,
     FromEngine,
+    Measured,
     MessageTooLargeError,
     Progress,
     Ready,
@@ -96,6 +97,9 @@ class Played:
     def engine_stepped(self, step: StepOutput) -> None:
         self.told.append("output" if step.outputs else "beat")
 
+    def engine_measured(self, measured: Measured) -> None:
+        self.told.append("measured")
+
     def engine_lost(self, loss: Loss) -> None:
         self.told.append("lost")
         self.losses.append(loss)
@@ -147,6 +151,23 @@ async def test_what_a_dead_engine_still_said_counts(play: type[Played]) -> None:
     await played.run(ready=2)
     assert played.told == ["ready", "output", "output", "lost", "ready"]
     assert played.losses == [Loss(frozenset({3}), is_from_outside=True)]
+
+
+async def test_what_was_measured_is_not_measured_again(play: type[Played]) -> None:
+    lives = [
+        PlayedProcess(READY),
+        PlayedProcess(READY, Measured(1e9, 1e10)),
+        PlayedProcess(READY, stays=True),
+    ]
+    played = play(lives)
+    config = EngineConfig("model", measure_roofline=True)
+    played.supervisor.start(config)
+    async with asyncio.timeout(20):
+        while played.told.count("ready") < 3:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    assert played.told.count("measured") == 1
+    asked = [process.configs[0].measure_roofline for process in played.used]
+    assert asked == [True, True, False]
 
 
 async def test_last_words_name_the_exception_and_hide_the_rest(play: type[Played]) -> None:

@@ -15,15 +15,26 @@ from torch import Tensor
 
 from model.linear import Linear
 
-# Far beyond any cache.
-READ_BYTES = 2**30
-READ_REPEATS = 7
-# Square products grow until one takes this long or the limit is reached: large enough for
-# the peak, and a second where the dtype has no fast product.
 GEMM_MIN_SIZE = 512
-GEMM_MAX_SIZE = 8192
-GEMM_LONG_S = 0.1
-GEMM_REPEATS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How much is read, and how large products grow: until one takes `gemm_long_s` or the limit
+    is reached."""
+
+    read_bytes: int
+    read_repeats: int
+    gemm_max_size: int
+    gemm_long_s: float
+    gemm_repeats: int
+
+
+# A few seconds: far beyond any cache, large enough for the peak, and a second where the dtype has
+# no fast product.
+THOROUGH = Effort(2**30, 7, 8192, 0.1, 3)
+# A moment, for a server that has nothing else to do: beyond most caches, near the peak.
+QUICK = Effort(2**28, 3, 1024, 0.02, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,31 +50,35 @@ class Roofline:
         return max(num_bytes / self.read_bytes_per_s, flops / self.flops_per_s)
 
 
+def measure_roofline(
+    device: torch.device, dtype: torch.dtype, effort: Effort = THOROUGH
+) -> Roofline:
+    """Takes as long as `effort` has it and, for a moment, its `read_bytes` of memory."""
+    flops_per_s, size = measure_flops(device, dtype, effort)
+    return Roofline(measure_reading(device, effort), flops_per_s, size)
+
+
 @torch.inference_mode()
-def measure_roofline(device: torch.device, dtype: torch.dtype) -> Roofline:
-    """Takes a few seconds and, for a moment, READ_BYTES of memory."""
-    flops_per_s, size = _gemm_flops_per_s(device, dtype)
-    return Roofline(_read_bytes_per_s(device), flops_per_s, size)
-
-
-def _read_bytes_per_s(device: torch.device) -> float:
-    """A sum reads each value once and writes nothing; all threads take part."""
-    numbers = torch.ones(READ_BYTES // 4, dtype=torch.float32, device=device)
-    elapsed_s = min(_timed(numbers.sum, device) for _ in range(READ_REPEATS))
+def measure_reading(device: torch.device, effort: Effort) -> float:
+    """Bytes a second. A sum reads each value once and writes nothing; all threads take part."""
+    numbers = torch.ones(effort.read_bytes // 4, dtype=torch.float32, device=device)
+    elapsed_s = min(_timed(numbers.sum, device) for _ in range(effort.read_repeats))
     return numbers.nbytes / elapsed_s
 
 
-def _gemm_flops_per_s(device: torch.device, dtype: torch.dtype) -> tuple[float, int]:
+@torch.inference_mode()
+def measure_flops(device: torch.device, dtype: torch.dtype, effort: Effort) -> tuple[float, int]:
+    """Operations a second, and the size of the square product that reached them."""
     best, best_size, size = 0.0, GEMM_MIN_SIZE, GEMM_MIN_SIZE
     while True:
         shortest_s = min(
             _timed(product, device)
             for product in _products(size, device, dtype)
-            for _ in range(GEMM_REPEATS)
+            for _ in range(effort.gemm_repeats)
         )
         if 2 * size**3 / shortest_s > best:
             best, best_size = 2 * size**3 / shortest_s, size
-        if shortest_s > GEMM_LONG_S or size * 2 > GEMM_MAX_SIZE:
+        if shortest_s > effort.gemm_long_s or size * 2 > effort.gemm_max_size:
             return best, best_size
         size *= 2
 

@@ -1,0 +1,31 @@
+"""A checkpoint of a published shape with random weights, bfloat16, written from the GPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from loadtests.peers.checkpoints import tokenizer_of
+from model.families import family_of, read_config
+from model.families.published import PUBLISHED
+from service.bench.random_weights import random_model
+
+
+def write_random(shape: str, folder: Path, device: str) -> None:
+    """config.json, model.safetensors and a tokenizer of the right size."""
+    fields = PUBLISHED[shape]
+    config, family = read_config(fields), family_of(fields)
+    model = random_model(config, config.max_positions, torch.device(device), torch.bfloat16, 0)
+    own, tensors = model.state_dict(), dict[str, Tensor]()
+    for name, source in family.sources(config, family.prefixes[0]).items():
+        parts = own[name].split(list(source.rows or own[name].shape[:1]))
+        for published, part in zip(source.names, parts, strict=True):
+            whole = part.t() if source.transposed else part
+            tensors[published] = whole.contiguous().cpu().clone()
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(fields))
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_of(config.vocab_size)))

@@ -1,0 +1,91 @@
+"""When the engine tells the API what came out.
+
+On a CPU each message takes a core from the engine, whose other threads then wait for that one:
+the API wakes up, and writes to as many clients as there are tokens in it. With many sequences
+running, the tokens of a few steps share a message, and so an event. What somebody waits for
+does not wait: a first token, an end.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from service.engine.messages import EngineStats, SequenceOutput, StepOutput, StepRecord
+
+T = TypeVar("T")
+
+_SHORTEST_PAUSE_S = 0.002  # a shorter one costs more than it saves
+_LONGEST_PAUSE_S = 0.05  # more than that a reader would see
+
+
+class Outbox:
+    """Outputs of steps, merged for each sequence until they are due."""
+
+    def __init__(self, max_events_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """`max_events_s`: events a second of all sequences together, from which on they wait."""
+        self._max_events_s = max_events_s
+        self._clock = clock
+        self._waiting: dict[int, SequenceOutput] = {}
+        self._known: set[int] = set()  # sequences whose first output was sent
+        self._sent_at = clock()
+        self._is_urgent = False
+        self._records: list[StepRecord] = []
+
+    def add(self, outputs: list[SequenceOutput], record: StepRecord | None = None) -> None:
+        """What a step gave, and what it was."""
+        if record is not None:
+            self._records.append(record)
+        for output in outputs:
+            before = self._waiting.get(output.id)
+            self._waiting[output.id] = output if before is None else merged(before, output)
+            if output.finish_reason is not None or output.id not in self._known:
+                self._is_urgent = True
+
+    def forget(self, sequence_id: int) -> None:
+        """It was aborted: nothing of it is sent any more."""
+        self._waiting.pop(sequence_id, None)
+        self._known.discard(sequence_id)
+
+    def is_due(self, num_running: int) -> bool:
+        """Whether to send now, while `num_running` sequences run."""
+        pause_s = min(num_running / self._max_events_s, _LONGEST_PAUSE_S)
+        if self._is_urgent or pause_s <= _SHORTEST_PAUSE_S:
+            return True
+        return self._clock() - self._sent_at >= pause_s
+
+    def take(self, stats: EngineStats) -> StepOutput:
+        """Everything, to be sent now."""
+        outputs = list(self._waiting.values())
+        for output in outputs:
+            if output.finish_reason is None:
+                self._known.add(output.id)
+            else:
+                self._known.discard(output.id)
+        self._waiting.clear()
+        self._is_urgent = False
+        self._sent_at = self._clock()
+        records, self._records = self._records, []
+        return StepOutput(outputs, stats, records)
+
+
+def merged(first: SequenceOutput, second: SequenceOutput) -> SequenceOutput:
+    """Two outputs of one sequence, in this order, as one."""
+    return SequenceOutput(
+        id=second.id,
+        token_ids=first.token_ids + second.token_ids,
+        logprobs=_joined(first.logprobs, second.logprobs),
+        finish_reason=second.finish_reason,
+        stop_token_id=second.stop_token_id,
+        error=second.error,
+        is_grammar_error=second.is_grammar_error,
+        cached_prompt_tokens=max(first.cached_prompt_tokens, second.cached_prompt_tokens),
+        queue_s=first.queue_s,
+        prefill_s=first.prefill_s,
+        explained=_joined(first.explained, second.explained),
+    )
+
+
+def _joined(first: list[T] | None, second: list[T] | None) -> list[T] | None:
+    return None if first is None and second is None else (first or []) + (second or [])

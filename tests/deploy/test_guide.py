@@ -1,0 +1,51 @@
+"""The operator's guide says nothing that is not so."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from model.families import read_config
+from model.families.published import PUBLISHED
+from model.kv_cache import bytes_per_block
+from service.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+GUIDE = (ROOT / "deploy" / "README.md").read_text()
+
+
+def test_its_flags_and_variables_exist() -> None:
+    section = GUIDE[GUIDE.index("## Sizing") : GUIDE.index("## Upgrade")]
+    flags = set(re.findall(r"--(?:no-)?([a-z][a-z-]+)", section)) - {"model", "batch"}
+    known = {name.replace("_", "-") for name in Settings.model_fields}
+    assert "max-num-seqs" in flags
+    assert flags <= known
+    variables = set(re.findall(r"VITRINE_([A-Z_]+)", GUIDE))
+    assert variables <= {name.upper() for name in Settings.model_fields}
+
+
+def test_its_example_of_sizing_is_right() -> None:
+    config = read_config(PUBLISHED["qwen3-8b"])
+    per_token = bytes_per_block(config, 1, torch.bfloat16)
+    tokens = 50 * 2**30 // per_token
+    assert f"= {per_token:,} bytes a token" in GUIDE
+    assert f"{tokens:,} tokens, which is {tokens // 2000} sequences" in GUIDE
+
+
+def test_its_paths_exist() -> None:
+    for path in set(re.findall(r"`((?:deploy|tests)/[\w./-]+)`", GUIDE)):
+        if not path.startswith("deploy/prometheus"):
+            assert (ROOT / path).exists(), path
+
+
+@pytest.mark.skipif(
+    not (ROOT / "deploy" / "prometheus").is_dir(), reason="deploy/prometheus is not here yet"
+)
+def test_every_alert_has_its_line() -> None:
+    alerts = yaml.safe_load((ROOT / "deploy" / "prometheus" / "alerts.yml").read_text())
+    names = {rule["alert"] for group in alerts["groups"] for rule in group["rules"]}
+    assert names == set(re.findall(r"^\| (Vitrine\w+) \|", GUIDE, re.MULTILINE))

@@ -1,0 +1,141 @@
+"""What the engine tells, and when: nothing lost, nothing twice, nobody kept waiting."""
+
+from __future__ import annotations
+
+import msgspec
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.engine.messages import (
+    EngineStats,
+    SequenceOutput,
+    StepOutput,
+    StepRecord,
+    TokenLogprob,
+)
+from service.engine.outbox import Outbox, merged
+from tests.api.test_quotas import Clock
+
+
+def token(id_: int, token_id: int, finish_reason: str | None = None) -> SequenceOutput:
+    return SequenceOutput(id_, [token_id], finish_reason=finish_reason)  # type: ignore[arg-type]
+
+
+def taken(box: Outbox) -> list[SequenceOutput]:
+    return box.take(EngineStats()).outputs
+
+
+def outbox(clock: Clock, max_events_s: float = 1000.0) -> Outbox:
+    box = Outbox(max_events_s, clock)
+    box.add([token(id_, 0) for id_ in range(32)])
+    assert box.is_due(32), "somebody waits for a first token"
+    assert len(taken(box)) == 32
+    return box
+
+
+def test_with_many_sequences_tokens_share_a_message() -> None:
+    clock = Clock()
+    box = outbox(clock)
+    for step in range(1, 5):
+        record = StepRecord(num_sequences=32, num_decodes=32, num_tokens=32, step_s=0.006)
+        box.add([token(id_, step) for id_ in range(32)], record)
+        clock.now_s += 0.006
+        assert not box.is_due(32)
+    clock.now_s += 0.01
+    assert box.is_due(32)
+    told = box.take(EngineStats(steps=5))
+    assert [one.token_ids for one in told.outputs] == [[1, 2, 3, 4]] * 32
+    assert [record.num_tokens for record in told.steps] == [32] * 4
+    assert told.stats.steps == 5
+    assert box.take(EngineStats()) == StepOutput([], EngineStats())
+
+
+def test_with_few_sequences_each_step_is_told() -> None:
+    clock = Clock()
+    box = outbox(clock)
+    box.add([token(0, 1), token(1, 1)])
+    assert box.is_due(2)
+
+
+def test_a_reader_never_waits_longer_than_he_would_see() -> None:
+    clock = Clock()
+    box = outbox(clock, max_events_s=1)
+    box.add([token(0, 1)])
+    clock.now_s += 0.0501
+    assert box.is_due(1000)
+
+
+def test_a_first_token_and_an_end_do_not_wait() -> None:
+    clock = Clock()
+    box = outbox(clock)
+    box.add([token(3, 1)])
+    assert not box.is_due(32)
+    box.add([token(99, 7)])
+    assert box.is_due(32)
+    assert [(one.id, one.token_ids) for one in taken(box)] == [(3, [1]), (99, [7])]
+    box.add([token(3, 2, "stop")])
+    assert box.is_due(32)
+    assert taken(box)[0].finish_reason == "stop"
+
+
+def test_the_parts_of_an_output_are_kept() -> None:
+    logprobs = [TokenLogprob(5, -1.0, 1, []), TokenLogprob(6, -2.0, 2, [])]
+    seen = [msgspec.Raw(b"\x01"), msgspec.Raw(b"\x02")]
+    times = {"queue_s": 0.25, "prefill_s": 0.5}
+    first = SequenceOutput(
+        1, [5], logprobs[:1], cached_prompt_tokens=32, explained=seen[:1], **times
+    )
+    last = SequenceOutput(
+        1, [6], logprobs[1:], "stop", 6, cached_prompt_tokens=32, explained=seen[1:]
+    )
+    assert merged(first, last) == SequenceOutput(
+        1, [5, 6], logprobs, "stop", 6, cached_prompt_tokens=32, explained=seen, **times
+    )
+    failed = SequenceOutput(1, [], None, "error", None, "why", is_grammar_error=True)
+    both = merged(first, failed)
+    assert (both.token_ids, both.logprobs) == ([5], logprobs[:1])
+    assert (both.finish_reason, both.error, both.is_grammar_error) == ("error", "why", True)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sets(st.integers(0, 5)),  # who gets a token
+            st.floats(0, 0.1),  # how long the step takes
+            st.sets(st.integers(0, 5), max_size=1),  # who is aborted
+        ),
+        max_size=40,
+    )
+)
+def test_every_token_comes_once_and_in_order(
+    steps: list[tuple[set[int], float, set[int]]],
+) -> None:
+    clock = Clock()
+    box = Outbox(100.0, clock)
+    given_: dict[int, list[int]] = {}
+    told: dict[int, list[int]] = {}
+    gone: set[int] = set()
+    waiting_since: float | None = None
+    for number, (ids, took_s, aborted) in enumerate(steps):
+        for id_ in aborted - gone:
+            gone.add(id_)
+            box.forget(id_)
+        clock.now_s += took_s
+        fresh = [token(id_, number) for id_ in sorted(ids - gone)]
+        for one in fresh:
+            given_.setdefault(one.id, []).append(number)
+        box.add(fresh)
+        waiting_since = clock.now_s if waiting_since is None and fresh else waiting_since
+        if box.is_due(6):
+            waiting_since = None
+            for one in taken(box):
+                assert one.id not in gone
+                told.setdefault(one.id, []).extend(one.token_ids)
+        elif waiting_since is not None:
+            assert clock.now_s - waiting_since < 0.06
+    for one in taken(box):
+        told.setdefault(one.id, []).extend(one.token_ids)
+    for id_, ids_told in told.items():
+        assert ids_told == given_[id_][: len(ids_told)]
+        assert id_ in gone or ids_told == given_[id_]
+    assert set(given_) - set(told) <= gone
