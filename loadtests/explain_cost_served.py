@@ -4,7 +4,7 @@
     python -m loadtests.explain_cost_served streams --plain 24 --explaining 8 --rounds 5
 
 `gaps`: the gaps between a stream's events, with and without clients that ask POST /explain for
-`--tokens` tokens again and again; the ratio of the 99th percentiles. `streams`: tokens a second of
+`--tokens` tokens again and again, `--seconds` each; the ratio of the 99th percentiles. `streams`: tokens a second of
 plain streams beside streams with `explain: true`, and beside as many plain ones; the ratio. The two
 sides of a round follow each other, in turns which first.
 """
@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--streams", default="1,8", help="gaps: how many run at once")
     parser.add_argument("--clients", type=int, default=2, help="gaps: that ask for explanations")
     parser.add_argument("--tokens", type=int, default=128, help="gaps: of each explanation")
+    parser.add_argument("--seconds", type=float, default=20.0, help="gaps: of one side of a round")
     parser.add_argument("--plain", type=int, default=24, help="streams: that are measured")
     parser.add_argument("--explaining", type=int, default=8, help="streams: beside them")
     parser.add_argument("--heads", type=int, default=2, help="streams: explain_heads of those")
@@ -86,10 +87,9 @@ async def gap_ratios(url: str, count: int, given: argparse.Namespace) -> list[fl
             clients = [
                 asyncio.create_task(explain_on(url, given.tokens, stop)) for _ in range(num_clients)
             ]
-            streams = await run_streams(url, [body(given.output_len) for _ in range(count)])
+            found[explaining] = await gaps_for(url, count, given)
             stop.set()
             num_explained += sum(await asyncio.gather(*clients))
-            found[explaining] = [gap for stream in streams for gap in stream.gaps]
         ratios.append(p99(found[True]) / p99(found[False]))
         print(
             f"{count} streams, round {number + 1}: p50 {median(found[False]) * 1e3:.2f} -> "
@@ -99,6 +99,20 @@ async def gap_ratios(url: str, count: int, given: argparse.Namespace) -> list[fl
             flush=True,
         )
     return ratios
+
+
+async def gaps_for(url: str, count: int, given: argparse.Namespace) -> list[float]:
+    """Gaps of so many streams at once, each followed by the next until the time is over."""
+    until = time.perf_counter() + given.seconds
+
+    async def stream_on() -> list[float]:
+        gaps = []
+        while time.perf_counter() < until:
+            gaps += (await run_stream(url, body(given.output_len))).gaps
+        return gaps
+
+    found = await asyncio.gather(*(stream_on() for _ in range(count)))
+    return [gap for gaps in found for gap in gaps]
 
 
 async def throughput_ratios(url: str, given: argparse.Namespace) -> list[float]:
