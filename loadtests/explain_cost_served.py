@@ -4,9 +4,9 @@
     python -m loadtests.explain_cost_served streams --plain 24 --explaining 8 --rounds 5
 
 `gaps`: the gaps between a stream's events, with and without clients that ask POST /explain for
-`--tokens` tokens again and again, `--seconds` each; the ratio of the 99th percentiles. `streams`: tokens a second of
-plain streams beside streams with `explain: true`, and beside as many plain ones; the ratio. The two
-sides of a round follow each other, in turns which first.
+`--tokens` tokens again and again, `--seconds` each; the ratio of the 99th percentiles.
+`streams`: tokens a second of plain streams beside streams with `explain: true`, and beside as many
+plain ones; the ratio. The two sides of a round follow each other, in turns which first.
 """
 
 from __future__ import annotations

@@ -125,7 +125,8 @@ def test_scores_lens_and_candidates_are_the_model_s() -> None:
     ]
     assert {len(row.candidates) for row in lens} == {4}
     # The last layer's lens is the model's own answer.
-    assert lens[-1].candidates == answer.next[:4]
+    same = [(token, pytest.approx(logprob, abs=1e-5)) for token, logprob in answer.next[:4]]
+    assert lens[-1].candidates == same
     best = [
         (int(i), pytest.approx(float(logprobs[-1, i]), abs=2e-6))
         for i in logprobs[-1].topk(5).indices
