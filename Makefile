@@ -9,10 +9,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
+# Processes that run tests.
+WORKERS ?= 2
 # For what installs system packages; empty where you are root.
 SUDO ?= $(shell test "$$(id -u)" = 0 || echo sudo)
 # Extra words for pip, such as an index that has CPU builds of torch.
 PIP_ARGS ?=
+# Processes that run tests.
+WORKERS ?= 2
 # Anything here: install CUDA packages even where no GPU is found.
 CUDA ?=
 
@@ -31,8 +35,9 @@ $(STAMP): pyproject.toml constraints.txt deploy/check_torch.py
 serve: $(STAMP)
 	@exec $(BIN)/vitrine serve $(ARGS)
 
+# Files are shared out among two processes: most tests wait for processes that they started.
 test: lint
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

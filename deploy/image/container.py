@@ -178,7 +178,7 @@ def check_served(container: Container, target: str) -> None:
 
 def check_stopped(container: Container) -> None:
     """SIGTERM ends it in order: what runs is finished first."""
-    command = ["runc", "exec", container.name, "python3", "-c", CLIENT, "400"]
+    command = ["runc", "exec", container.name, "python3", "-c", CLIENT, "150"]
     client = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert client.stdout is not None
     first = next(line for line in client.stdout if "event: token" in line)

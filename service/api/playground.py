@@ -31,6 +31,7 @@ from service.api.keys import ApiKey
 
 PAGE_PATH = "/"
 FILES_PATH = "/web/"
+FILES_ROUTE = FILES_PATH + "{name:path}"
 COOKIE = "vitrine_page"
 
 _FOLDER = Path(__file__).parent.parent / "web"
@@ -72,7 +73,7 @@ def routes() -> APIRouter:
     async def page(request: Request) -> Response:
         return _answer(request, files[_PAGE], {"content-security-policy": _PAGE_POLICY})
 
-    @router.get(FILES_PATH + "{name:path}")
+    @router.get(FILES_ROUTE)
     async def file(request: Request, name: str) -> Response:
         found = None if name in (_PAGE, _DOOR) else files.get(name)
         if found is None:

@@ -23,6 +23,7 @@ from service.api.continuation import combined
 from service.api.errors import from_exception, problem_kind_of
 from service.api.generation import Generation
 from service.api.identity import key_name_of
+from service.api.playground import FILES_ROUTE
 from service.api.quotas import Charge, KeyQuotas
 from service.metrics import Metrics, Outcome
 
@@ -30,8 +31,8 @@ log = logging.getLogger("vitrine.request")
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _STATE = "visit"
-# Asked for every few seconds by machines.
-_QUIET_ROUTES = ("/health/live", "/health/ready", "/metrics")
+# Asked for every few seconds by machines, or dozens at a time by browsers.
+_QUIET_ROUTES = ("/health/live", "/health/ready", "/metrics", FILES_ROUTE)
 
 
 @dataclass(slots=True, eq=False)

@@ -12,8 +12,10 @@ from pathlib import Path
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from service.api.app import create_app
+from service.api.limits import ApiLimits
 from service.api.visit import log_line
 from service.client import EngineClient
 from service.commands.connections import (
@@ -102,16 +104,15 @@ class DrainingServer(uvicorn.Server):
             cut(connection)
 
 
-def make_server(
+def make_app(
     settings: Settings,
+    limits: ApiLimits,
     client: EngineClient,
     model: LoadedModel,
     grammars: GrammarChecker | None,
-) -> DrainingServer:
-    """The server, listening where the settings say once `serve()` runs. Raises `SettingsError`."""
-    check_tls(settings)
-    limits = api_limits(settings)
-    warn_if_open(settings.host, has_keys=bool(limits.api_keys), has_tls=bool(settings.tls_cert))
+) -> tuple[FastAPI, Callable[[], None] | None]:
+    """The app around these parts, and what to call off the event loop when it has ended. Raises
+    `SettingsError`."""
     name = served_name(settings)
     try:
         tracing = start_tracing(settings.otlp_endpoint, name)
@@ -133,6 +134,20 @@ def make_server(
         metric_aliases=aliases,
         on_complete=told,
     )
+    return app, None if tracing is None else tracing.shutdown
+
+
+def make_server(
+    settings: Settings,
+    client: EngineClient,
+    model: LoadedModel,
+    grammars: GrammarChecker | None,
+) -> DrainingServer:
+    """The server, listening where the settings say once `serve()` runs. Raises `SettingsError`."""
+    check_tls(settings)
+    limits = api_limits(settings)
+    warn_if_open(settings.host, has_keys=bool(limits.api_keys), has_tls=bool(settings.tls_cert))
+    app, on_end = make_app(settings, limits, client, model, grammars)
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -158,7 +173,6 @@ def make_server(
     except OSError as error:  # ssl's errors are of this kind
         raise SettingsError(f"--tls-cert, --tls-key or --tls-client-ca: {error}") from None
     metrics: Metrics = app.state.context.metrics
-    on_end = None if tracing is None else tracing.shutdown
     server = DrainingServer(config, client, settings.slow_reader_s, metrics.slow_reader, on_end)
     loop = asyncio.get_running_loop()
     metrics.watch(Requests.JOURNAL_ENTRIES, lambda: client.in_flight)

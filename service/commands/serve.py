@@ -19,13 +19,7 @@ def run(arguments: list[str]) -> int:
     engine_config(settings, Path())  # settings that disagree are refused before anything starts
     given_roofline(settings.roofline)
     logs.tell_children(settings.log_level, settings.log_format)
-    client = EngineClient(
-        max_in_flight=settings.max_num_seqs + settings.max_queue_requests,
-        max_queue_tokens=settings.max_queue_tokens,
-        stall_s=settings.stall_s,
-        standby=settings.standby,
-        max_explanations=settings.max_explain_queue,
-    )
+    client = make_client(settings)
     early = EarlySignals()
     # First of all: torch takes seconds to import, and does so while this process goes on.
     client.spawn()
@@ -37,6 +31,17 @@ def run(arguments: list[str]) -> int:
     if client.failure:
         raise CommandError(client.failure)
     return 0
+
+
+def make_client(settings: Settings) -> EngineClient:
+    """The API's side of an engine, as the settings have it. Starts nothing yet."""
+    return EngineClient(
+        max_in_flight=settings.max_num_seqs + settings.max_queue_requests,
+        max_queue_tokens=settings.max_queue_tokens,
+        stall_s=settings.stall_s,
+        standby=settings.standby,
+        max_explanations=settings.max_explain_queue,
+    )
 
 
 async def _serve(settings: Settings, client: EngineClient, early: EarlySignals) -> None:

@@ -2,7 +2,7 @@
 
 import { generateBody } from "./state.js";
 
-const KEY_VARIABLE = "VITRINE_API_KEY";
+const KEY_VARIABLE = "API_KEY";
 
 /** A curl command that streams the same text; the key comes from the environment. */
 export function asCurl(state, base, { withKey }) {

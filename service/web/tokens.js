@@ -43,12 +43,11 @@ export class TokenView {
   }
 
   /** Shade by attention: `weights[key]` for the row of `query`; null: by probability again. */
-  shade(weights, query = null, cut = []) {
+  shade(weights, query = null) {
     const strongest = weights ? Math.max(...weights, 1e-9) : 1;
     this.#list.closest(".exhibit").classList.toggle("attention", Boolean(weights));
     this.#elements.forEach((element, i) => {
       element.classList.toggle("query", Boolean(weights) && i === query);
-      element.classList.toggle("cut", cut.includes(i));
       element.style.setProperty(
         "--weight",
         weights ? `${(strength((weights[i] ?? 0) / strongest) * 100).toFixed(1)}%` : "0%",
@@ -76,6 +75,7 @@ export class TokenView {
       ...inkOf(token),
     );
     if (position === this.#chosen) element.setAttribute("aria-selected", "true");
+    if (position === this.#active) element.classList.add("active");
     this.#elements.push(element);
     this.#list.append(element);
   }

@@ -97,7 +97,7 @@ def companies(draw: st.DrawFn) -> Company:
     company=companies(),
     data=st.data(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @torch.inference_mode()
 def test_compiled_code_its_twin_and_recordings_agree(
     shape: ModelConfig, dtype: torch.dtype, company: Company, data: st.DataObject

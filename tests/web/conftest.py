@@ -17,7 +17,7 @@ from playwright.async_api import Browser, Page, Playwright, async_playwright, ex
 SYSTEM_BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 PHONE = {"width": 360, "height": 740}
 DESKTOP = {"width": 1280, "height": 900}
-LIMIT_MS = 15_000  # the machine may be busy
+LIMIT_MS = 30_000  # the machine may be busy
 
 expect.set_options(timeout=LIMIT_MS)
 Opens = Callable[..., AbstractAsyncContextManager[Page]]

@@ -8,7 +8,7 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 
 from playwright.async_api import Page, expect
 
-LIMIT_S = 15
+LIMIT_S = 30
 STORY = "Once upon a time there was a little"
 
 

@@ -68,6 +68,7 @@ async def test_the_link(server: Server, opened: Opens) -> None:
         assert await text_of(page) == text
 
 
+@pytest.mark.slow
 async def test_with_a_key_what_is_copied_has_none_in_it(tmp_path: Path, opened: Opens) -> None:
     flags = ("--threads", "1", "--api-keys", "glass:secret-word")
     expected = ("401",)
@@ -79,11 +80,11 @@ async def test_with_a_key_what_is_copied_has_none_in_it(tmp_path: Path, opened: 
             command = await copied(page, "Copy as curl", "curl command copied")
             program = await copied(page, "Copy as Python", "Python program copied")
             assert "secret-word" not in command + program
-            printed = run(["/bin/sh", "-c", command], VITRINE_API_KEY="secret-word")
+            printed = run(["/bin/sh", "-c", command], API_KEY="secret-word")
             assert streamed_text(printed) == await text_of(page)
             printed = run(
                 [sys.executable, "-c", program],
-                VITRINE_API_KEY="secret-word",
+                API_KEY="secret-word",
                 PYTHONIOENCODING="utf-8",
             )
             assert printed == await text_of(page) + "\n"

@@ -24,6 +24,7 @@ async def paper(page: Page) -> str:
     return colour
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 async def test_axe(server: Server, opened: Opens, scheme: str, size: dict[str, int]) -> None:
@@ -136,6 +137,7 @@ async def test_maps_are_painted_in_the_colours_of_the_theme(server: Server, open
         assert sum(await page.evaluate(corner)) < 200 < sum(light)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [360, 768, 1024, 1920])
 async def test_nothing_sticks_out(server: Server, opened: Opens, width: int) -> None:
     size = {"width": width, "height": 740}
@@ -156,7 +158,7 @@ async def test_nothing_sticks_out(server: Server, opened: Opens, width: int) -> 
 async def test_a_text_is_never_html(server: Server, opened: Opens) -> None:
     hostile = "<img src=x onerror=alert(1)><script>alert(2)</script>&lt;b&gt; \"'> {{7*7}}"
     view = {"prompt": hostile, "shown": "text", "seed": 1, "max_tokens": 8, "off": "0.0"}
-    async with opened(address(server.url, **view)) as page:
+    async with opened(address(server.url, **view), expected=("TrustedHTML",)) as page:
         await generated(page)
         await expect(page.locator("#whatif .pair")).to_be_visible()
         await page.locator("#tokens .given").nth(1).click()
@@ -164,8 +166,8 @@ async def test_a_text_is_never_html(server: Server, opened: Opens) -> None:
         assert await page.locator("main img, main script").count() == 0
         # Nor could a mistake of the page make it one.
         refused = (
-            "(e) => { try { e.innerHTML = '<b>'; return 'taken' }"
-            " catch (error) { return error.name } }"
+            "(element) => { try { element.innerHTML = '<b>'; return 'taken' } "
+            "catch (error) { return error.name } }"
         )
         assert await page.locator("#card").evaluate(refused) == "TypeError"
 

@@ -143,6 +143,7 @@ async def test_tokens_by_the_keyboard(server: Server, opened: Opens) -> None:
         await expect(chosen).to_have_attribute("aria-selected", "false")
 
 
+@pytest.mark.slow
 async def test_the_address_brings_the_same_view_back(server: Server, opened: Opens) -> None:
     async with opened(server.url) as page:
         await page.locator("#prompt").fill(STORY)

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 KEYS = ("--threads", "1", "--api-keys", "glass:secret-word")
 
 
+@pytest.mark.slow
 async def test_the_door_opens_to_a_key(tmp_path: Path, opened: Opens) -> None:
     with running_server(tmp_path, *KEYS) as server:
         url = address(server.url, prompt=STORY, seed=4, max_tokens=12, shown="text")
@@ -49,6 +50,7 @@ async def test_the_door_opens_to_a_key(tmp_path: Path, opened: Opens) -> None:
         assert "secret-word" not in server.log.read_text()
 
 
+@pytest.mark.slow
 async def test_too_many_requests(tmp_path: Path, opened: Opens) -> None:
     """A key that has one request in flight, and the page is the second."""
     with running_server(tmp_path, *KEYS, "--max-requests-per-key", "1") as server:
@@ -114,6 +116,7 @@ async def test_nothing_to_continue(server: Server, opened: Opens) -> None:
         await expect(page.locator("#prompt")).to_be_focused()
 
 
+@pytest.mark.slow
 async def test_the_connection_is_lost(tmp_path: Path, opened: Opens) -> None:
     with running_server(tmp_path, "--threads", "1", "--no-standby") as server:
         url = address(server.url, prompt=STORY, seed=5, max_tokens=480, temperature=1.2)
@@ -130,6 +133,7 @@ async def test_the_connection_is_lost(tmp_path: Path, opened: Opens) -> None:
             await expect(page.locator("#tiles")).to_have_class(re.compile("stale"))
 
 
+@pytest.mark.slow
 async def test_a_server_that_does_not_explain(tmp_path: Path, opened: Opens) -> None:
     with running_server(tmp_path, "--threads", "1", "--no-explain") as server:
         url = address(server.url, prompt=STORY, seed=3, max_tokens=20)
@@ -143,6 +147,7 @@ async def test_a_server_that_does_not_explain(tmp_path: Path, opened: Opens) -> 
             await expect(page.locator("#card section")).to_have_count(1)  # its rivals are there
 
 
+@pytest.mark.slow
 async def test_the_page_waits_for_the_model(tmp_path: Path, opened: Opens) -> None:
     """Opened before the model is loaded, it says so and can try again."""
     with running_server(tmp_path, "--threads", "1", ready=False) as server:
