@@ -16,7 +16,6 @@ from service.api.explain_checks import requested_heads
 from service.api.generation import Plan
 from service.api.limits import ApiLimits
 from service.api.schemas import MAX_SEED, GenerateRequest
-from service.api.sight import NUM_TOP
 from service.api.structured_output import check_grammar, requested_grammar
 from service.api.text import StopStrings
 from service.client import EngineUnavailableError, NeverFitsError, QueueFullError
@@ -68,7 +67,6 @@ async def make_plan(
         arrived_s=arrived_s,
         timeout_s=timeout_s,
         owner=owner,
-        num_logprobs=body.logprobs,
         explain=explain,
     )
 
@@ -218,12 +216,5 @@ def _sampling(
         stop_token_ids=tuple(dict.fromkeys(body.stop_token_ids)),
         ignore_eos=body.ignore_eos,
         grammar=grammar,
-        logprobs=_num_alternatives(body),
+        logprobs=body.logprobs,
     )
-
-
-def _num_alternatives(body: GenerateRequest) -> int | None:
-    """How many the engine is to give of each token; `explain` shows some too."""
-    if not body.explain:
-        return body.logprobs
-    return max(NUM_TOP, body.logprobs or 0)

@@ -13,6 +13,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from model.tokenizer import Tokenizer
+from service.engine.explain_messages import AttendedByHead, AttendedPosition
 from service.engine.messages import TokenLogprob
 
 _encoder = msgspec.json.Encoder()
@@ -63,21 +64,6 @@ class Timing(msgspec.Struct, frozen=True):
     tokens_per_s: Annotated[
         float, Meta(description="Tokens over the time from leaving the queue to the last token.")
     ]
-
-
-class AttendedPosition(msgspec.Struct, frozen=True):
-    """A token that was looked at, and how much."""
-
-    position: Annotated[int, Meta(description="In prompt and output, from 0.")]
-    weight: float
-
-
-class AttendedByHead(msgspec.Struct, frozen=True):
-    """What one head looked at, heaviest first."""
-
-    layer: int
-    head: int
-    attended: list[AttendedPosition]
 
 
 class TokenExplanation(msgspec.Struct, frozen=True):

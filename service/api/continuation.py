@@ -13,7 +13,7 @@ import msgspec
 
 from service.api.answers import Timing, Usage
 from service.api.recent import TokenLog
-from service.api.sight import Sight, sights
+from service.api.sight import sights
 from service.api.text import AnswerText
 from service.engine.messages import SequenceOutput, TokenLogprob
 from service.journal import TokenStream
@@ -53,7 +53,7 @@ class Delta:
     text: str
     token_ids: list[int]
     logprobs: list[TokenLogprob] | None  # parallel to token_ids; None: not asked for
-    explained: list[Sight] | None = None  # likewise
+    explained: list[msgspec.Raw] | None = None  # likewise: a `Sight` each, encoded
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class Continuation:
         prefix: str,
         num_prompt_tokens: int,
         stop_token_ids: Collection[int],
-        num_logprobs: int | None,
+        wants_logprobs: bool,
         explains: bool,
         arrived_s: float,
         log: TokenLog,
@@ -96,7 +96,7 @@ class Continuation:
         self._prefix = prefix
         self._num_prompt_tokens = num_prompt_tokens
         self._stop_token_ids = stop_token_ids
-        self._num_logprobs, self._explains = num_logprobs, explains
+        self._wants_logprobs, self._explains = wants_logprobs, explains
         self.times = Times(arrived_s)
         self._num_cached = 0
         self._texts: list[str] = []
@@ -161,18 +161,13 @@ class Continuation:
         self._texts.append(text)
         self.num_tokens += len(ids)
         self._log.extend(ids)
-        if self._num_logprobs is None and not self._explains:
-            return [Delta(self.index, text, ids, None)]
-        logprobs = (output.logprobs if output is not None else None) or []
-        return [
-            Delta(
-                self.index,
-                text,
-                ids,
-                _logprobs(logprobs, len(ids), self._num_logprobs),
-                sights(output, len(ids)) if self._explains else None,
-            )
-        ]
+        kept = None
+        if self._wants_logprobs:
+            kept = ((output.logprobs if output is not None else None) or [])[: len(ids)]
+            if len(kept) != len(ids):
+                raise ValueError(f"{len(ids)} tokens came with {len(kept)} log-probabilities")
+        explained = sights(output, len(ids)) if self._explains else None
+        return [Delta(self.index, text, ids, kept, explained)]
 
     def usage(self) -> Usage:
         """Tokens so far."""
@@ -194,20 +189,6 @@ def combined(continuations: Sequence[Continuation]) -> tuple[Usage, Timing]:
     )
     last_s = max(one.times.last_s for one in continuations)
     return usage, replace(first, last_s=last_s).timing(usage.completion_tokens)
-
-
-def _logprobs(
-    found: list[TokenLogprob], num_tokens: int, num_top: int | None
-) -> list[TokenLogprob] | None:
-    """Those of the first tokens, with as many alternatives as the client asked for."""
-    if num_top is None:
-        return None
-    if len(found) < num_tokens:
-        raise ValueError(f"{num_tokens} tokens came with {len(found)} log-probabilities")
-    return [
-        one if len(one.top) <= num_top else msgspec.structs.replace(one, top=one.top[:num_top])
-        for one in found[:num_tokens]
-    ]
 
 
 def _without_stop_token(output: SequenceOutput) -> list[int]:

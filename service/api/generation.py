@@ -46,7 +46,6 @@ class Plan:
     arrived_s: float  # the event loop's clock
     timeout_s: float  # from arrival
     owner: str | None = None  # the API key that may resume and cancel it; None: no keys
-    num_logprobs: int | None = None  # alternatives that the client is told; None: no logprobs
     # (layer, head) that it is told of beside the mean of all; None: nothing of what tokens see.
     explain: list[tuple[int, int]] | None = None
 
@@ -306,7 +305,7 @@ class ActiveGenerations:
                     prefix=one.prefix,
                     num_prompt_tokens=len(one.prompt_token_ids),
                     stop_token_ids=sampling.stop_token_ids,
-                    num_logprobs=one.num_logprobs,
+                    wants_logprobs=sampling.logprobs is not None,
                     explains=one.explain is not None,
                     arrived_s=one.arrived_s,
                     log=logs[index],

@@ -25,7 +25,7 @@ class ApiLimits:
     max_explain_weights: int = 4 * 2**20  # attention weights in an answer of /explain
     max_explain_recorded: int = 128 * 2**20  # that the engine keeps to make the answer
     max_explain_lens: int = 128 * 2**10  # candidates of all layers and positions
-    max_explain_stream_tokens: int = 4096  # n * max_tokens of a request with `explain`
+    max_explain_stream_tokens: int = 2048  # n * max_tokens of a request with `explain`
     max_explain_queue: int = 8  # explanations that run, wait or are being sent
     explain_timeout_s: float = 60.0  # from arrival to answer
     max_tokenize_chars: int = 100_000

@@ -3,67 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import cast
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
 from model.tokenizer import Tokenizer
-from service.api.answers import AttendedByHead, AttendedPosition, TokenExplanation, TopLogprob
-from service.engine.explain_messages import Attended, Scored
+from service.api.answers import TokenExplanation, TopLogprob
+from service.engine.explain_messages import AttendedByHead, AttendedPosition, Sight
 from service.engine.messages import SequenceOutput
 
-NUM_TOP = 5  # alternatives of each token
-
-_decoder = msgspec.msgpack.Decoder(Attended)
+_decoder = msgspec.msgpack.Decoder(Sight)
 
 
-@dataclass(frozen=True, slots=True)
-class Sight:
-    """What a client is told of one token. Kept encoded: many may wait for a slow reader."""
-
-    attended: msgspec.Raw  # an `Attended`
-    top: list[Scored]  # the likeliest tokens
-
-
-def sights(output: SequenceOutput | None, num_tokens: int) -> list[Sight]:
-    """Of the first tokens of an output. Raises `ValueError` when there are not as many."""
-    if output is None or not num_tokens:
-        return []
-    explained, logprobs = output.explained or [], output.logprobs or []
-    if min(len(explained), len(logprobs)) < num_tokens:
-        raise ValueError(
-            f"{num_tokens} tokens came with {len(explained)} explanations and {len(logprobs)} "
-            "log-probabilities"
-        )
-    return [Sight(explained[place], logprobs[place].top[:NUM_TOP]) for place in range(num_tokens)]
+def sights(output: SequenceOutput | None, num_tokens: int) -> list[msgspec.Raw]:
+    """Of the first tokens of an output, encoded. Raises `ValueError` when there are not as many."""
+    explained = (output.explained if output is not None else None) or []
+    if len(explained) < num_tokens:
+        raise ValueError(f"{num_tokens} tokens came with {len(explained)} explanations")
+    return explained[:num_tokens]
 
 
 def explanations(
-    tokenizer: Tokenizer,
-    seen: Sequence[Sight] | None,
-    heads: Sequence[tuple[int, int]] | None,
+    tokenizer: Tokenizer, seen: Sequence[msgspec.Raw] | None
 ) -> list[TokenExplanation] | UnsetType:
-    """For the wire; `heads` are the (layer, head) that were asked for beside the mean. UNSET
-    when nothing was asked for."""
+    """For the wire; UNSET when nothing was asked for."""
     if seen is None:
         return UNSET
-    return [_explanation(tokenizer, one, heads or ()) for one in seen]
+    return [_explanation(tokenizer, _decoder.decode(one)) for one in seen]
 
 
-def _explanation(
-    tokenizer: Tokenizer, seen: Sight, heads: Sequence[tuple[int, int]]
-) -> TokenExplanation:
-    attended = _decoder.decode(seen.attended)
+def _explanation(tokenizer: Tokenizer, sight: Sight) -> TokenExplanation:
+    # Lists that are JSON already, of these types; the encoder puts them in as they are.
     return TokenExplanation(
-        attended=_positions(attended.mean),
-        heads=[
-            AttendedByHead(layer, head, _positions(found))
-            for (layer, head), found in zip(heads, attended.heads, strict=True)
-        ],
-        top=[TopLogprob(one, tokenizer.token_text(one), value) for one, value in seen.top],
+        attended=cast(list[AttendedPosition], msgspec.Raw(sight.attended)),
+        heads=cast(list[AttendedByHead], msgspec.Raw(sight.heads)),
+        top=[TopLogprob(one, tokenizer.token_text(one), value) for one, value in sight.top],
     )
-
-
-def _positions(found: list[Scored]) -> list[AttendedPosition]:
-    return [AttendedPosition(position, weight) for position, weight in found]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
+
 from service.api.continuation import Delta, Done
 from service.api.generation import Generation
-from service.api.sight import Sight
 from service.engine.messages import TokenLogprob
 
 
@@ -17,17 +18,19 @@ class Whole:
     done: Done
     token_ids: list[int]
     logprobs: list[TokenLogprob] | None  # parallel to token_ids; None: not asked for
-    explained: list[Sight] | None  # likewise
+    explained: list[msgspec.Raw] | None  # likewise: a `Sight` each, encoded
 
 
 async def whole_continuations(generation: Generation) -> list[Whole]:
     """All continuations, in the order of their index. Raises `ProblemError` when one failed."""
-    plans = [plan for plan in generation.plans for _ in plan.samplings]
-    token_ids: list[list[int]] = [[] for _ in plans]
+    planned = [(plan, sampling) for plan in generation.plans for sampling in plan.samplings]
+    token_ids: list[list[int]] = [[] for _ in planned]
     logprobs: list[list[TokenLogprob] | None] = [
-        None if plan.num_logprobs is None else [] for plan in plans
+        None if sampling.logprobs is None else [] for _, sampling in planned
     ]
-    explained: list[list[Sight] | None] = [None if plan.explain is None else [] for plan in plans]
+    explained: list[list[msgspec.Raw] | None] = [
+        None if plan.explain is None else [] for plan, _ in planned
+    ]
     done: dict[int, Done] = {}
     while items := await generation.next():
         for item in items:

@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Meta
 
 AttentionKind = Literal["top", "full", "mean", "none"]
-Scored = tuple[int, float]  # a token and its log-probability in nats, or a position and its weight
+Scored = tuple[int, float]  # a token and its log-probability in nats
 
 
 class AblationWish(msgspec.Struct, frozen=True):
@@ -111,11 +111,29 @@ class Explained(msgspec.Struct, frozen=True, tag=True):
     error: str | None = None  # what went wrong, in words for the operator
 
 
-class Attended(msgspec.Struct, frozen=True, array_like=True):
-    """What the query that chose a token looked at: (position, weight), heaviest first."""
+class AttendedPosition(msgspec.Struct, frozen=True):
+    """A token that was looked at, and how much."""
 
-    mean: list[Scored]  # over all layers and heads
-    heads: list[list[Scored]]  # of each head that was asked for, in that order
+    position: Annotated[int, Meta(description="In prompt and output, from 0.")]
+    weight: float
+
+
+class AttendedByHead(msgspec.Struct, frozen=True):
+    """What one head looked at, heaviest first."""
+
+    layer: int
+    head: int
+    attended: list[AttendedPosition]
+
+
+class Sight(msgspec.Struct, frozen=True, array_like=True):
+    """What the query that chose a token of a stream looked at, and what else it may have chosen.
+
+    Lists as JSON, which the API sends as they are: a token event has a hundred numbers of it."""
+
+    attended: bytes  # of `AttendedPosition`: the mean over all layers and heads
+    heads: bytes  # of `AttendedByHead`: those that were asked for, in that order
+    top: list[Scored]
 
 
 def recorded_id(explanation_id: int) -> int:

@@ -133,8 +133,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
     cached_prompt_tokens: int = 0
     queue_s: float = 0.0  # from arrival to the first step it ran in
     prefill_s: float = 0.0  # from there to its first token
-    # An `Attended` for each token, encoded: many may wait for a slow reader, and as objects
-    # they take ten times the memory.
+    # A `Sight` for each token, encoded: nobody looks into it before it is sent on.
     explained: list[msgspec.Raw] | None = None
 
 

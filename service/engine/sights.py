@@ -5,25 +5,30 @@ The forward adds their weights up on its way; steps without such sequences do no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import msgspec
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from model.batch import ForwardBatch
 from model.config import ModelConfig
-from model.explain.attended import Glance, glances, watch
-from service.engine.explain_messages import Attended, Scored
+from model.explain.attended import Glance, Glances, glances, watch
+from service.engine.explain_messages import AttendedByHead, AttendedPosition, Scored, Sight
 from service.engine.scheduler import Scheduled
 
 NUM_POSITIONS = 8  # told of each token, and of each head of it
+NUM_TOP = 5  # alternatives told of each token
 DECIMALS = 6
+_UNIT = 10**DECIMALS
 
-Sights = Mapping[int, msgspec.Raw]  # sequence id -> `Attended`, encoded
+Sights = Mapping[int, msgspec.Raw]  # sequence id -> `Sight`, encoded
 NOTHING_SEEN: Sights = {}
 
-_encoder = msgspec.msgpack.Encoder()
+_json = msgspec.json.Encoder()
+_msgpack = msgspec.msgpack.Encoder()
 
 
 def watching(
@@ -45,19 +50,55 @@ def watching(
     return replace(batch, watch=watch(config, heads, longest_context, block_size, device))
 
 
-def seen(batch: ForwardBatch, step: list[Scheduled], config: ModelConfig) -> Sights:
-    """What the watched sequences of a batch looked at, after its forward."""
+def seen(
+    batch: ForwardBatch,
+    step: list[Scheduled],
+    config: ModelConfig,
+    logits: Float[Tensor, "num_logits vocab_size"],
+) -> Sights:
+    """What the watched sequences of a batch looked at, and what their next tokens may have been;
+    after its forward, which gave these logits."""
     if batch.watch is None:
         return NOTHING_SEEN
-    found = glances(config, batch.watch, NUM_POSITIONS)
+    places = batch.watch.seqs
+    rows = _logits_rows(step, places)
+    top = torch.log_softmax(logits[rows], dim=-1).topk(min(NUM_TOP, logits.shape[1]))
     return {
-        step[place].sequence.id: msgspec.Raw(
-            _encoder.encode(Attended(_scored(one.mean), [_scored(head) for head in one.heads]))
+        step[place].sequence.id: _sight(glance, step[place].sequence.explain or (), ids, logprobs)
+        for place, glance, ids, logprobs in zip(
+            places,
+            glances(config, batch.watch, NUM_POSITIONS),
+            top.indices.tolist(),
+            top.values.tolist(),
+            strict=True,
         )
-        for place, one in zip(batch.watch.seqs, found, strict=True)
     }
 
 
-def _scored(glance: Glance) -> list[Scored]:
-    rounded = [round(weight, DECIMALS) for weight in glance.weights]
-    return list(zip(glance.positions, rounded, strict=True))
+def _logits_rows(step: list[Scheduled], places: Sequence[int]) -> list[int]:
+    """Those of the items of a step at these places; items that draw nothing have none."""
+    row_of: dict[int, int] = {}
+    for place, item in enumerate(step):
+        if item.samples:
+            row_of[place] = len(row_of)
+    return [row_of[place] for place in places]
+
+
+def _sight(
+    glance: Glances, heads: Sequence[tuple[int, int]], ids: list[int], logprobs: list[float]
+) -> msgspec.Raw:
+    by_head = [
+        AttendedByHead(layer, head, _positions(one))
+        for (layer, head), one in zip(heads, glance.heads, strict=True)
+    ]
+    top: list[Scored] = list(zip(ids, logprobs, strict=True))
+    sight = Sight(_json.encode(_positions(glance.mean)), _json.encode(by_head), top)
+    return msgspec.Raw(_msgpack.encode(sight))
+
+
+def _positions(glance: Glance) -> list[AttendedPosition]:
+    # `round` takes three times as long, and weights are no negative numbers.
+    return [
+        AttendedPosition(position, int(weight * _UNIT + 0.5) / _UNIT)
+        for position, weight in zip(glance.positions, glance.weights, strict=True)
+    ]

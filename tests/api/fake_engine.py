@@ -10,7 +10,14 @@ from dataclasses import dataclass, field
 import msgspec
 
 from service.client import EngineState
-from service.engine.explain_messages import Attended, Explained, ExplainPart, ExplainWish
+from service.engine.explain_messages import (
+    AttendedByHead,
+    AttendedPosition,
+    Explained,
+    ExplainPart,
+    ExplainWish,
+    Sight,
+)
 from service.engine.messages import EngineStats, ModelInfo, SequenceOutput, TokenLogprob
 from service.engine_record import EngineRecord
 from service.explanations import Explanation, Explanations
@@ -99,7 +106,10 @@ class FakeStream:
         """Every token looked at position 0, and each head at its own number."""
         if (heads := self.request.explain) is None:
             return None
-        one = Attended([(0, 0.75), (1, 0.25)], [[(head, 1.0)] for _, head in heads])
+        mean = [AttendedPosition(0, 0.75), AttendedPosition(1, 0.25)]
+        by_head = [AttendedByHead(*pair, [AttendedPosition(pair[1], 1.0)]) for pair in heads]
+        top = [(j, -1.0 - j) for j in range(5)]
+        one = Sight(msgspec.json.encode(mean), msgspec.json.encode(by_head), top)
         return [msgspec.Raw(msgspec.msgpack.encode(one))] * count
 
     def fail(self, error: Exception) -> None:

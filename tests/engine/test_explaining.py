@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -14,11 +15,11 @@ from model.explain.record import record
 from model.explain.recording import Ablation, Recording
 from service.engine.explain_messages import (
     AblationWish,
-    Attended,
     Explain,
     Explained,
     ExplainPart,
     ExplainWish,
+    Sight,
 )
 from service.engine.explaining import PART_BYTES, explain
 from service.engine.guests import ExplainRefusedError, Guests
@@ -124,7 +125,8 @@ def test_scores_lens_and_candidates_are_the_model_s() -> None:
     ]
     assert {len(row.candidates) for row in lens} == {4}
     # The last layer's lens is the model's own answer.
-    assert lens[-1].candidates == answer.next[:4]
+    same = [(token, pytest.approx(logprob, abs=1e-5)) for token, logprob in answer.next[:4]]
+    assert lens[-1].candidates == same
     best = [
         (int(i), pytest.approx(float(logprobs[-1, i]), abs=2e-6))
         for i in logprobs[-1].topk(5).indices
@@ -191,9 +193,30 @@ def test_what_leaves_a_query_without_a_key_is_refused() -> None:
         run(Explain(1, IDS, wish(ablate=AblationWish([], [(0, 0)]))))
 
 
-def seen_by(outputs: list[SequenceOutput]) -> list[Attended]:
-    decoder = msgspec.msgpack.Decoder(Attended)
-    return [decoder.decode(one) for output in outputs for one in output.explained or []]
+@dataclass
+class Told:
+    """A `Sight`, decoded: (position, weight) each."""
+
+    mean: list[tuple[int, float]]
+    heads: list[list[tuple[int, float]]]
+    top: list[tuple[int, float]]
+
+
+def seen_by(outputs: list[SequenceOutput]) -> list[Told]:
+    decoder = msgspec.msgpack.Decoder(Sight)
+    sights = [decoder.decode(one) for output in outputs for one in output.explained or []]
+    return [
+        Told(
+            pairs(json.loads(one.attended)),
+            [pairs(head["attended"]) for head in json.loads(one.heads)],
+            one.top,
+        )
+        for one in sights
+    ]
+
+
+def pairs(attended: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    return [(one["position"], one["weight"]) for one in attended]
 
 
 def stepped(requests: list[Submit], core: Any = None) -> dict[int, list[SequenceOutput]]:
@@ -226,10 +249,13 @@ def test_a_stream_tells_where_the_query_looked_that_chose_each_token() -> None:
         while True:
             next(work)
     except StopIteration as end:
-        attention = end.value.attention
+        attention, logits = end.value.attention, end.value.logits
     for place, one in enumerate(seen):
         query = 19 + place
         check_strongest(one.mean, attention[:, :, query].mean(dim=(0, 1)))
+        best = torch.log_softmax(logits[query], dim=-1).topk(5)
+        assert [token for token, _ in one.top] == best.indices.tolist()
+        assert [logprob for _, logprob in one.top] == pytest.approx(best.values.tolist(), abs=1e-3)
         for (layer, head), told in zip(heads, one.heads, strict=True):
             check_strongest(told, attention[layer, head, query])
 
@@ -269,7 +295,10 @@ def test_streams_get_the_same_bits_beside_a_guest() -> None:
     while core.has_work:
         for output in core.step():
             beside[output.id].append(output)
-        guests.alone(is_wanted=iter([False, False, False, True]).__next__)  # three pieces a step
+        guests.alone(is_wanted=iter([False] * 5 + [True]).__next__)  # five pieces a step
+    assert sent, "it did not work beside the streams"
+    while guests.has_work:
+        guests.alone(is_wanted=lambda: False)
     assert isinstance(sent[-1], Explained)
     for i in alone:
         for one, other in zip(alone[i], beside[i], strict=True):
