@@ -31,7 +31,10 @@ from service.grammars.checker import GrammarChecker
 from service.settings import Settings, SettingsError, read_settings
 
 # Of the connection, which is Ray's: a server in a replica has none.
-NOT_OURS = ("host", "port", "tls_cert", "tls_key", "tls_client_ca", "max_connections")
+NOT_OURS = (
+    *("host", "port", "tls_cert", "tls_key", "tls_client_ca"),
+    *("max_connections", "slow_reader_s"),
+)
 POLL_S = 0.05
 # Three quarters of what a replica runs at a time: the others are for the time that a new one takes.
 TARGET_SHARE = 0.75

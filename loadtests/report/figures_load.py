@@ -106,7 +106,7 @@ def latency(material: Material) -> Drawing:
             (panel[1], "itl", served.tpot_slo_s),
         ):
             spreads = [getattr(open_.point, name) for open_ in served.open]
-            for cut, line, word in (("p99_s", "o--", "p99"), ("p50_s", "o-", "p50")):
+            for cut, line, word in (("p50_s", "o-", "p50"), ("p99_s", "o--", "p99")):
                 times = [1e3 * (getattr(spread, cut) or float("nan")) for spread in spreads]
                 one.plot(rates, times, line, color=lane.colour, label=word)
             one.axhline(1e3 * limit_s, color=style.INK, lw=1.1, ls=(0, (6, 3)), label="SLO")

@@ -218,8 +218,8 @@ def demand(material: Material) -> Drawing:
             ]
             kind = "computed" if serving.is_computed else "measured"
             one.plot(wanted, bills, color=lane.colour, label=f"{lane.name} ({kind} speed)")
-        style.log_axes(one, x_ticks=(0.01, 1, 100, 10_000))
         one.set_ylim(10, 1e6)
+        style.log_axes(one, x_ticks=(0.01, 1, 100, 10_000))
         style.title(one, name_of(model))
         one.set_xlabel("tokens/s wanted, on average")
         claims.append(_crossing(material, model, best))

@@ -98,7 +98,7 @@ def limits(material: Material) -> Drawing | None:
         speed, pause = axes[0][column], axes[1][column]
         colour = style.MEASURED_COLOURS[0]
         speed.plot(x, [one.point.tokens_per_s for one in chosen], "o-", color=colour)
-        for cut, line in (("p99_s", "o--"), ("p50_s", "o-")):
+        for cut, line in (("p50_s", "o-"), ("p99_s", "o--")):
             for kind, own in (("ttft", style.PART_COLOURS[0]), ("itl", style.PART_COLOURS[3])):
                 times = [
                     1e3 * (getattr(getattr(o.point, kind), cut) or float("nan")) for o in chosen

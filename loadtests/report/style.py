@@ -57,6 +57,7 @@ _RC = {
     "lines.markersize": 5.5,
     "legend.frameon": False,
     "legend.fontsize": 9,
+    "legend.handlelength": 3.2,  # long enough for a dash and its mark
     "svg.fonttype": "none",
     "svg.hashsalt": "vitrine",
     "figure.facecolor": PAPER,

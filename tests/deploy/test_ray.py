@@ -55,7 +55,9 @@ def test_wrong_arguments_are_refused_by_name(arguments: dict[str, Any], words: s
         ray_app.Options(**arguments)
 
 
-@pytest.mark.parametrize("flags", [("--port", "9000"), ("--tls-cert", "a.pem")])
+@pytest.mark.parametrize(
+    "flags", [("--port", "9000"), ("--tls-cert", "a.pem"), ("--slow-reader-s", "5")]
+)
 def test_settings_of_the_connection_are_refused(flags: tuple[str, ...]) -> None:
     """Ray's proxy listens; they would be accepted and ignored."""
     with pytest.raises(SettingsError, match=f"{flags[0]} has no effect under Ray"):

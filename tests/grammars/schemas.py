@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 Schema = dict[str, Any]
 
 names = st.sampled_from(["a", "name", "x y", "été", "a/b", 'q"q', "$ref", "type"])
-texts = st.text(st.characters(min_codepoint=32, max_codepoint=0x2FF), max_size=6)
+# Without DEL: the library finds no text for a constant of it, and such a schema is refused.
+texts = st.text(
+    st.characters(min_codepoint=32, max_codepoint=0x2FF, exclude_characters="\x7f"), max_size=6
+)
 
 
 @st.composite

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import pytest
 
 from model.families.published import PUBLISHED
-from service.bench import measure, roofline
+from service.bench import measure
 from service.commands import CommandError, bench
+from service.engine import roofline
+from service.engine.roofline import Effort, measure_roofline
 from service.settings import SettingsError
 
 TINY: dict[str, object] = {
@@ -32,9 +35,9 @@ PERCENTILES = ("p50", "p90", "p99")
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PUBLISHED, "tiny", TINY)
-    monkeypatch.setattr(roofline, "READ_BYTES", 2**20)
+    small = Effort(2**20, 1, 128, 0.1, 1)
     monkeypatch.setattr(roofline, "GEMM_MIN_SIZE", 64)
-    monkeypatch.setattr(roofline, "GEMM_MAX_SIZE", 128)
+    monkeypatch.setattr(roofline, "measure_roofline", partial(measure_roofline, effort=small))
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
 
 

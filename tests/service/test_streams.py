@@ -145,7 +145,7 @@ def test_only_the_key_that_made_it_may_have_it(house: Server) -> None:
 def test_nobody_comes_back(house: Server) -> None:
     before = gauges(house)
     begin(house, "gone", leave_after=3, body={"detach_s": 0.2, "max_tokens": 450})
-    expired = 'requests_aborted_total{reason="detach-expired"}'
+    expired = 'requests_aborted_total{reason="detach-expired",route="/generate"}'
     wait_until(lambda: gauges(house)[expired] == before[expired] + 1)
     assert get(house, "gone", ALICE).status_code == 404
     wait_until(lambda: gauges(house)["journal_entries"] == 0)
@@ -227,4 +227,5 @@ def test_after_all_this_nothing_is_left(house: Server) -> None:
 
     wait_until(is_empty)
     now = gauges(house)
-    assert now["requests_accepted_total"] == num_ended(now)
+    accepted = [v for name, v in now.items() if name.startswith("requests_accepted_total")]
+    assert sum(accepted) == num_ended(now) > 0
