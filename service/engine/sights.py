@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import msgspec
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -61,18 +62,29 @@ def seen(
     if batch.watch is None:
         return NOTHING_SEEN
     places = batch.watch.seqs
-    rows = _logits_rows(step, places)
-    top = torch.log_softmax(logits[rows], dim=-1).topk(min(NUM_TOP, logits.shape[1]))
+    ids_of, logprobs_of = _alternatives(logits, _logits_rows(step, places))
     return {
         step[place].sequence.id: _sight(glance, step[place].sequence.explain or (), ids, logprobs)
         for place, glance, ids, logprobs in zip(
             places,
             glances(config, batch.watch, NUM_POSITIONS),
-            top.indices.tolist(),
-            top.values.tolist(),
+            ids_of,
+            logprobs_of,
             strict=True,
         )
     }
+
+
+def _alternatives(
+    logits: Float[Tensor, "num_logits vocab_size"], rows: list[int]
+) -> tuple[list[list[int]], list[list[float]]]:
+    """The likeliest tokens of these rows, and their log-probabilities. NumPy, because of a few
+    thousand numbers torch makes work for all threads, and on a busy machine waits for the last."""
+    chosen = logits.cpu().numpy()[rows]
+    top = torch.from_numpy(chosen).topk(min(NUM_TOP, chosen.shape[1]))
+    peaks = chosen.max(axis=1, keepdims=True)
+    masses = np.log(np.exp(chosen - peaks).sum(axis=1, keepdims=True)) + peaks
+    return top.indices.tolist(), (top.values.numpy() - masses).tolist()
 
 
 def _logits_rows(step: list[Scheduled], places: Sequence[int]) -> list[int]:
