@@ -64,6 +64,7 @@ def test_the_figures_are_made_by_the_command_beside_them(tmp_path: Path) -> None
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     made = {path.name for path in tmp_path.iterdir()} | {"heads.png"}  # tests/service/test_heads.py
-    assert made == {path.name for path in (ROOT / "docs" / "figures").iterdir()}
     shown = set(re.findall(r"\]\(figures/([^)]+)\)", WALK.read_text()))
     assert shown == made
+    playground = {"playground.png", "stream.gif"}  # tests/web/pictures.py
+    assert made | playground == {path.name for path in (ROOT / "docs" / "figures").iterdir()}
