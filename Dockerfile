@@ -74,7 +74,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 # list changes, not with every other line of pyproject.toml.
 FROM build AS requirements
 COPY pyproject.toml deploy/image/requirements.py ./
-RUN python3 requirements.py grammar otel > /requirements.txt
+RUN python3 requirements.py grammar otel gpu > /requirements.txt
 
 FROM build AS cpu-venv
 ARG TORCH_INDEX=""

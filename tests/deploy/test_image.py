@@ -11,7 +11,6 @@ import tomllib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import pytest
 import trustme
 import yaml
 
@@ -128,9 +127,6 @@ def test_compose_gives_a_server_time_to_drain_and_nothing_to_write_on() -> None:
         assert services[name]["build"]["target"] in (ROOT / "Dockerfile").read_text()
 
 
-@pytest.mark.skipif(
-    not (ROOT / "deploy" / "prometheus").is_dir(), reason="deploy/prometheus is not here yet"
-)
 def test_compose_says_the_same_as_the_files_beside_it() -> None:
     compose = yaml.safe_load(COMPOSE.read_text())
     for service in compose["services"].values():

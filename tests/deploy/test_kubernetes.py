@@ -227,9 +227,6 @@ def test_service_links_would_stop_the_server() -> None:
     assert "VITRINE_SERVICE_HOST is not a setting" in done.stderr
 
 
-@pytest.mark.skipif(
-    not (ROOT / "deploy" / "prometheus").is_dir(), reason="deploy/prometheus is not here yet"
-)
 def test_the_autoscaler_asks_for_metrics_that_exist(tmp_path: Path) -> None:
     with running_server(tmp_path, "--threads", "1") as server:
         text = httpx2.get(f"{server.url}/metrics").text
