@@ -21,7 +21,7 @@ def engine() -> Dashboard:
     dashboard = page(
         "vitrine-engine", "Vitrine: engine", "Steps, batches, the cache, and engines' lives."
     )
-    for add in (_steps, _a_sequence_s_life, _kv_cache, _lives):
+    for add in (_steps, _a_sequence_s_life, _kv_cache, _guests, _lives):
         add(dashboard)
     return dashboard
 
@@ -159,6 +159,37 @@ def _kv_cache(dashboard: Dashboard) -> None:
             "percentunit",
             {"{{instance}}": "vitrine:prefix_cache_hit_ratio{@}"},
             top=1,
+        )
+    )
+
+
+def _guests(dashboard: Dashboard) -> None:
+    dashboard.with_row(Row("Explanations"))
+    dashboard.with_panel(
+        graph(
+            "Explanations",
+            "Admitted, and ended by how.",
+            "ops",
+            {
+                "admitted": rate("vitrine_explain_accepted_total"),
+                "{{outcome}}": rate("vitrine_explain_requests_total", "outcome"),
+            },
+        )
+    )
+    dashboard.with_panel(
+        graph(
+            "Explanations in flight",
+            "Admitted and not ended; --max-explain-queue bounds them.",
+            "short",
+            {"{{instance}}": "vitrine_explain_in_flight{@}"},
+        )
+    )
+    dashboard.with_panel(
+        graph(
+            "Time for explanations",
+            "Share of the engine's time; beside streams it stays under 5 %.",
+            "percentunit",
+            {"{{instance}}": rate("vitrine_explain_compute_seconds_total", "instance")},
         )
     )
 

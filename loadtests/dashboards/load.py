@@ -44,6 +44,7 @@ async def _client(
         "detached": 1,
         "wrong": 1,
         "chat": 1,
+        "explain": 1,
     }
     while time.monotonic() < until:
         (kind,) = rng.choices([*kinds], [*kinds.values()])
@@ -76,6 +77,8 @@ async def _one(client: httpx2.AsyncClient, url: str, kind: str, rng: random.Rand
             body["temperature"] = 99
         case "openai":
             path, body = "/v1/completions", body | {"model": "stories", "stream": False}
+        case "explain":
+            path, body = "/explain", {"prompt": SHARED[:80]}
         case "chat":  # the bundled model cannot
             path = "/v1/chat/completions"
             body = {"model": "stories", "messages": [{"role": "user", "content": "Hello"}]}

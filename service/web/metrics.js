@@ -3,7 +3,8 @@
 import { call } from "./api.js";
 import { byId, h } from "./dom.js";
 
-const SAMPLE = /^([a-zA-Z_:][\w:]*)(\{[^}]*\})? (\S+)/;
+// A label's value may hold braces: a route's does.
+const SAMPLE = /^([a-zA-Z_:][\w:]*)(\{(?:[^"}]|"(?:\\.|[^"\\])*")*\})? (\S+)/;
 const EVERY_MS = 1000;
 
 /** name or name{labels} -> value. */
@@ -23,7 +24,7 @@ export function tilesOf(now, before, elapsedS) {
     before && generated !== undefined
       ? (generated - before.get("vitrine_engine_generated_tokens_total")) / elapsedS
       : undefined;
-  const total = now.get("vitrine_kv_blocks_total");
+  const total = now.get("vitrine_kv_blocks_capacity");
   const used = now.get('vitrine_kv_blocks{state="referenced"}');
   const cached = now.get('vitrine_kv_blocks{state="cached"}');
   return [

@@ -139,6 +139,7 @@ def watch(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     class Logged:
         def __init__(self, result: Any) -> None:
             self.result = result
+            self.sights = result.sights
 
         def read(self, profile: Any) -> Any:
             log.append("read")

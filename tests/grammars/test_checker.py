@@ -45,7 +45,7 @@ async def checker() -> AsyncIterator[Checkers]:
 
 
 def workers() -> list[psutil.Process]:
-    children = psutil.Process().children(recursive=True)
+    children = psutil.Process().children()  # not those of servers that other tests keep
     return [child for child in children if "service.grammars.worker" in child.cmdline()]
 
 

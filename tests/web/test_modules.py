@@ -52,6 +52,11 @@ async def test_metrics_as_prometheus_reads_them(server: Server, opened: Opens) -
         parsed = await evaluate(
             page, "metrics.js", "return Object.fromEntries(m.parseMetrics(argument))", text
         )
+        tiles = await evaluate(
+            page, "metrics.js", "return m.tilesOf(m.parseMetrics(argument), null, 1)", text
+        )
+    shown = {name for name, value, _ in tiles if value is not None}
+    assert shown == {"In the batch", "Waiting", "KV cache in use"}, "a rate needs two looks"
     reference = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
