@@ -75,7 +75,9 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     for pages in (cache.keys, cache.values):
         pages.normal_(generator=generator)
-    selection = select_forward(model, cache, deterministic=True, int8=given.dtype == "int8")
+    selection = select_forward(
+        model, cache, deterministic=True, weights="int8" if given.dtype == "int8" else "plain"
+    )
     console = Console()
     title = f"{given.shape}, {given.dtype}, {selection.name}, context {given.context}"
     console.print(watch_table(given, selection.forward, model, title))

@@ -156,6 +156,8 @@ async def test_the_page_waits_for_the_model(tmp_path: Path, opened: Opens) -> No
             threading.Event().wait(0.01)
         async with opened(server.url, expected=("503",)) as page:
             notice = page.locator("#notices")
+            told = notice.locator("b").or_(page.locator("#model", has_text="stories"))
+            await expect(told).to_be_visible()
             if await notice.locator("b").count():  # else it was loaded sooner than the page
                 await expect(notice).to_contain_text("Service Unavailable")
                 server.wait_ready()
