@@ -9,7 +9,6 @@ weights + KV cache + 600 MB at most.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import random
 import shlex
@@ -47,7 +46,7 @@ def main() -> int:
             for _ in range(info["kv_cache"]["tokens"] // length + 1)
         ]
         for start in range(0, len(bodies), 64):
-            asyncio.run(read_all(f"{server.url}/generate", bodies[start : start + 64], understand))
+            read_all(f"{server.url}/generate", bodies[start : start + 64], understand)
         engine = server.engine()
         if engine is None:
             raise SystemExit("there is no engine to look at")

@@ -93,9 +93,9 @@ class PlayedEngine:
         outputs = [SequenceOutput(i, [token_id], finish_reason=reason) for i in self.entries]
         self.stats = EngineStats(num_running=len(outputs))
         self.outbox.add(outputs)
-        if not self.outbox.is_due(len(outputs)):
+        if not (due := self.outbox.due(len(outputs))):
             return
-        encoded = encoder.encode(self.outbox.take(self.stats))
+        encoded = encoder.encode(self.outbox.take(due, self.stats))
         message = from_engine_decoder.decode(encoded)
         assert isinstance(message, StepOutput)
         for output in message.outputs:
@@ -145,7 +145,7 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.001)
 
 
-async def read(port: int, num_streams: int) -> dict[str, float]:
+def read(port: int, num_streams: int) -> dict[str, float]:
     """The client: read all streams to their end."""
     events = 0
 
@@ -155,7 +155,7 @@ async def read(port: int, num_streams: int) -> dict[str, float]:
         return Seen()
 
     body: dict[str, object] = {"prompt": "Once", "max_tokens": 50_000, "ignore_eos": True}
-    await read_all(f"http://127.0.0.1:{port}/generate", [body] * num_streams, understand)
+    read_all(f"http://127.0.0.1:{port}/generate", [body] * num_streams, understand)
     return {"events": events}
 
 
@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--read", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.read:
-        print(json.dumps(run(lambda: read(given.read, given.streams), given.loop)))
+        print(json.dumps(read(given.read, given.streams)))
         return
     for _ in range(given.rounds):
         found = run(lambda: measure(given.streams, given.tokens, given.max_events_s), given.loop)

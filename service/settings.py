@@ -141,7 +141,7 @@ class Settings(ModelSettings):
     )
     keep_alive_s: float = Field(15.0, gt=0, description="silence before a keep-alive comment")
     max_events_s: float = Field(
-        1000.0, gt=0, description="events a second, of all streams; beyond, tokens share events"
+        640.0, gt=0, description="events a second, of all streams; beyond, tokens share events"
     )
     slow_reader_s: float = Field(
         60.0, gt=0, description="a client that takes nothing of what waits for so long is cut off"

@@ -4,11 +4,14 @@ the client shares the machine with the server it measures. Standard library only
 
 from __future__ import annotations
 
-import asyncio
 import json
+import select
+import socket
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from urllib.parse import urlsplit
 
 from loadtests.peers.work import PeerError
@@ -38,43 +41,79 @@ class Stream:
     ended: float = 0.0  # when its last event came
 
 
-async def read_all(
-    url: str, bodies: list[Json], understand: Callable[[Json], Seen]
+def read_all(
+    url: str, bodies: list[Json], understand: Callable[[Json], Seen], look_every_s: float = 0.0
 ) -> tuple[float, list[Stream]]:
-    """POST every body at once; when they were sent, and what each stream brought."""
-    async with asyncio.timeout(LIMIT_S):
-        began = time.perf_counter()
-        streams = await asyncio.gather(*(_read_one(url, body, understand) for body in bodies))
-    return began, streams
+    """POST every body at once; when that began, and what each stream brought.
+
+    look_every_s: 0 reads each event as it comes, and stamps it then. Longer, the client sleeps
+        in between: it computes next to nothing, and the server's writes wake nobody up, as when
+        the client is another machine.
+
+    Raises `PeerError` for another answer than a whole stream, `TimeoutError` after ten minutes.
+    """
+    began = time.perf_counter()
+    answers = [Answer(_asked(url, body)) for body in bodies]
+    coming = {answer.connection.fileno(): answer for answer in answers}
+    look = select.poll()
+    for descriptor in coming:
+        look.register(descriptor, select.POLLIN)
+    while coming:
+        if time.perf_counter() - began > LIMIT_S:
+            raise TimeoutError(f"{len(coming)} of {len(bodies)} streams had no end in {LIMIT_S} s")
+        time.sleep(look_every_s)
+        for descriptor, _ in look.poll(1000):
+            if not coming[descriptor].read():
+                look.unregister(descriptor)
+                coming.pop(descriptor).connection.close()
+    return began, [_stream(url, answer, understand) for answer in answers]
 
 
-async def _read_one(url: str, body: Json, understand: Callable[[Json], Seen]) -> Stream:
+@dataclass(slots=True)
+class Answer:
+    """The bytes of an answer and when they came. They are understood when all is over: who
+    measures on the server's own cores computes nothing while it does."""
+
+    connection: socket.socket
+    pieces: list[bytes] = field(default_factory=list)
+    stamps: list[float] = field(default_factory=list)
+
+    def read(self) -> bool:
+        """What has come; False at the end."""
+        piece = self.connection.recv(1 << 18)
+        self.stamps.append(time.perf_counter())
+        self.pieces.append(piece)
+        return bool(piece)
+
+
+def _asked(url: str, body: Json) -> socket.socket:
     parts = urlsplit(url)
     payload = json.dumps(body).encode()
-    reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
-    try:
-        writer.write(
-            f"POST {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\n"
-            "Content-Type: application/json\r\nAccept: text/event-stream\r\n"
-            f"Content-Length: {len(payload)}\r\nConnection: close\r\n\r\n".encode()
-            + payload
-        )
-        status, *_ = (await reader.readuntil(b"\r\n\r\n")).split(b"\r\n", 1)
-        if status.split(b" ")[1] != b"200":
-            raise PeerError(f"{url} answered {status.decode()}")
-        return await _read_events(reader, understand)
-    finally:
-        writer.close()
+    connection = socket.create_connection((parts.hostname, parts.port), timeout=LIMIT_S)
+    connection.sendall(
+        f"POST {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\n"
+        "Content-Type: application/json\r\nAccept: text/event-stream\r\n"
+        f"Content-Length: {len(payload)}\r\nConnection: close\r\n\r\n".encode()
+        + payload
+    )
+    return connection
 
 
-async def _read_events(reader: asyncio.StreamReader, understand: Callable[[Json], Seen]) -> Stream:
-    """Chunked body to events; an event's time is that of the chunk that completed it."""
+def _stream(url: str, answer: Answer, understand: Callable[[Json], Seen]) -> Stream:
+    """The events of a chunked body; one's time is that of the bytes that completed it."""
+    raw = b"".join(answer.pieces)
+    ends = list(accumulate(map(len, answer.pieces)))
+    head, found, _ = raw.partition(b"\r\n\r\n")
+    status = head.split(b"\r\n", 1)[0]
+    if not found or status.split(b" ")[1] != b"200":
+        raise PeerError(f"{url} answered {status.decode()!r}")
     stream = Stream()
-    rest = b""
-    while size := int(await reader.readline(), 16):
-        chunk = await reader.readexactly(size + 2)
-        now = time.perf_counter()
-        *events, rest = (rest + chunk[:-2]).split(EVENT_END)
+    rest, at = b"", len(head) + 4
+    while size := _chunk_size(url, raw, at):
+        begin = raw.index(b"\r\n", at) + 2
+        at = begin + size + 2
+        now = answer.stamps[bisect_left(ends, min(at, len(raw)))]
+        *events, rest = (rest + raw[begin : begin + size]).split(EVENT_END)
         for event in events:
             _, found, data = event.partition(b"data: ")
             if not found or data.startswith(b"[DONE]"):
@@ -86,3 +125,11 @@ async def _read_events(reader: asyncio.StreamReader, understand: Callable[[Json]
             if seen.total is not None:
                 stream.total = seen.total
     return stream
+
+
+def _chunk_size(url: str, raw: bytes, at: int) -> int:
+    """Bytes of the chunk that begins there; 0 for the last one."""
+    line, found, _ = raw[at : at + 20].partition(b"\r\n")
+    if not found:
+        raise PeerError(f"{url} broke off after {at} bytes")
+    return int(line, 16)

@@ -223,7 +223,7 @@ class EngineCore:
         launch fails end in `outputs`."""
         flight = _Flight(StepProfile(), time.monotonic())
         profile = flight.profile
-        scheduled = self.scheduler.schedule(self.pace.prompt_tokens)
+        scheduled = self.scheduler.schedule(self.pace.prompt_tokens(*self.scheduler.num_by_phase))
         profile.num_sequences = len(scheduled)
         profile.num_decodes = sum(item.num_tokens == 1 for item in scheduled)
         profile.num_tokens = sum(item.num_tokens for item in scheduled)

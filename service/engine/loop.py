@@ -109,8 +109,9 @@ def serve(socket: zmq.Socket[bytes]) -> None:
             send(socket, measured)
         if not core.has_work:
             core.scheduler.pool.check()
-        if not core.has_work or outbox.is_due(len(core.scheduler.running)):
-            send(socket, outbox.take(core.stats()))
+        due = outbox.due(len(core.scheduler.running))
+        if due or not core.has_work:
+            send(socket, outbox.take(due, core.stats()))
         if stepped:
             guests.after_step(is_last=not core.has_work)
         elif guests.has_work:

@@ -26,7 +26,7 @@ class EngineConfig(msgspec.Struct, frozen=True, tag=True):
     max_num_seqs: int = 64
     max_batched_tokens: int = 1024
     max_step_ratio: float = 2.0
-    max_events_s: float = 1000.0
+    max_events_s: float = 640.0
     kv_cache_bytes: int | None = None
     block_size: int = 32
     threads: int | None = None

@@ -3,7 +3,7 @@
 On a CPU each message takes a core from the engine, whose other threads then wait for that one:
 the API wakes up, and writes to as many clients as there are tokens in it. With many sequences
 running, the tokens of a few steps share a message, and so an event. What somebody waits for
-does not wait: a first token, an end.
+does not wait, nor does it take the others along: a first token, an end.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from service.engine.messages import EngineStats, SequenceOutput, StepOutput, Ste
 
 T = TypeVar("T")
 
-_SHORTEST_PAUSE_S = 0.002  # a shorter one costs more than it saves
+_SHORTEST_PAUSE_S = 0.004  # a shorter one costs more than it saves
 _LONGEST_PAUSE_S = 0.05  # more than that a reader would see
 
 
@@ -30,7 +30,7 @@ class Outbox:
         self._waiting: dict[int, SequenceOutput] = {}
         self._known: set[int] = set()  # sequences whose first output was sent
         self._sent_at = clock()
-        self._is_urgent = False
+        self._urgent: set[int] = set()
         self._records: list[StepRecord] = []
 
     def add(self, outputs: list[SequenceOutput], record: StepRecord | None = None) -> None:
@@ -41,31 +41,32 @@ class Outbox:
             before = self._waiting.get(output.id)
             self._waiting[output.id] = output if before is None else merged(before, output)
             if output.finish_reason is not None or output.id not in self._known:
-                self._is_urgent = True
+                self._urgent.add(output.id)
 
     def forget(self, sequence_id: int) -> None:
         """It was aborted: nothing of it is sent any more."""
         self._waiting.pop(sequence_id, None)
         self._known.discard(sequence_id)
+        self._urgent.discard(sequence_id)
 
-    def is_due(self, num_running: int) -> bool:
-        """Whether to send now, while `num_running` sequences run."""
+    def due(self, num_running: int) -> list[int]:
+        """The sequences to tell of now, while `num_running` run: all of them in one message at
+        the end of a pause, before it those for whose output somebody waits."""
         pause_s = min(num_running / self._max_events_s, _LONGEST_PAUSE_S)
-        if self._is_urgent or pause_s <= _SHORTEST_PAUSE_S:
-            return True
-        return self._clock() - self._sent_at >= pause_s
+        if pause_s > _SHORTEST_PAUSE_S and self._clock() - self._sent_at < pause_s:
+            return list(self._urgent)
+        self._sent_at = self._clock()
+        return list(self._waiting)
 
-    def take(self, stats: EngineStats) -> StepOutput:
-        """Everything, to be sent now."""
-        outputs = list(self._waiting.values())
+    def take(self, sequence_ids: list[int], stats: EngineStats) -> StepOutput:
+        """What there is of these, to be sent now, and every step's record."""
+        outputs = [self._waiting.pop(sequence_id) for sequence_id in sequence_ids]
+        self._urgent.difference_update(sequence_ids)
         for output in outputs:
             if output.finish_reason is None:
                 self._known.add(output.id)
             else:
                 self._known.discard(output.id)
-        self._waiting.clear()
-        self._is_urgent = False
-        self._sent_at = self._clock()
         records, self._records = self._records, []
         return StepOutput(outputs, stats, records)
 

@@ -11,42 +11,65 @@ from __future__ import annotations
 from collections import deque
 from statistics import median
 
+import numpy as np
+
 NUM_REMEMBERED = 8
+# Prompts' costs are few and change from chunk to chunk, as there is more to attend to.
+NUM_CHUNKS_REMEMBERED = 3
 # Less would cost more in steps than it saves in waiting.
 FEWEST_TOKENS = 16
-# A token in a step of a thousand costs about half of one in a step of fifty.
+# What a token alone had cost is multiplied by before one was seen beside decodes.
 ALONE = 2
 
 
 class PromptPace:
     """Bounds the prompt tokens of a step so that it takes about `max_step_ratio` times a step of
-    decodes alone; 0 does not bound them."""
+    its decodes alone; 0 does not bound them."""
 
     def __init__(self, max_step_ratio: float) -> None:
         self._max_step_ratio = max_step_ratio
-        self._decode_s: deque[float] = deque(maxlen=NUM_REMEMBERED)  # steps of decodes alone
-        self._token_s: deque[float] = deque(maxlen=NUM_REMEMBERED)  # what a prompt token adds
+        # Steps of decodes alone, (decodes, seconds), for each power of two of decodes: while
+        # prompts come without a pause there are none of today's number.
+        self._decode_s: dict[int, deque[tuple[int, float]]] = {}
+        self._token_s: deque[float] = deque(maxlen=NUM_CHUNKS_REMEMBERED)  # a prompt token adds
 
     def stepped(self, step_s: float, num_decodes: int, num_prompt_tokens: int) -> None:
         """Book a step's time and what was in it."""
         if num_prompt_tokens == 0:
             if num_decodes:
-                self._decode_s.append(step_s)
+                seen = self._decode_s.setdefault(
+                    num_decodes.bit_length(), deque(maxlen=NUM_REMEMBERED)
+                )
+                seen.append((num_decodes, step_s))
             return
         if num_prompt_tokens < FEWEST_TOKENS:
             return  # too few to tell what one costs
         if num_decodes and self._decode_s:
-            self._token_s.append(max(0.0, step_s - median(self._decode_s)) / num_prompt_tokens)
+            added_s = max(0.0, step_s - self._decodes_alone_s(num_decodes))
+            self._token_s.append(added_s / num_prompt_tokens)
         else:
             self._token_s.append(ALONE * step_s / num_prompt_tokens)
 
-    @property
-    def prompt_tokens(self) -> int | None:
-        """How many a step with decodes may take; None: no bound, or nothing is known yet."""
+    def prompt_tokens(self, num_decoding: int, num_starting: int) -> int | None:
+        """How many a step with decodes may take; None: no bound, or nothing is known yet.
+
+        num_decoding: sequences that write, and wait for the step.
+        num_starting: sequences with a seat that wait for their first token. Where they are more
+            than the others, the bound grows as many times: after a burst of requests, small
+            chunks would keep many from beginning for the sake of few.
+        """
         if not self._max_step_ratio or not self._decode_s or not self._token_s:
             return None
-        token_s = max(self._token_s)  # a late chunk of a long prompt costs more than an early one
-        if token_s <= 0:
+        token_s = median(self._token_s)
+        if not num_decoding or token_s <= 0:
             return None
-        wanted = (self._max_step_ratio - 1) * median(self._decode_s) / token_s
+        ratio = self._max_step_ratio * max(1.0, num_starting / num_decoding)
+        wanted = (ratio - 1) * self._decodes_alone_s(num_decoding) / token_s
         return max(FEWEST_TOKENS, int(wanted))
+
+    def _decodes_alone_s(self, num_decodes: int) -> float:
+        """Seconds of a step of so many decodes, read between the numbers that were seen."""
+        seen = [self._decode_s[power] for power in sorted(self._decode_s)]
+        numbers = [median(number for number, _ in steps) for steps in seen]
+        seconds = [median(step_s for _, step_s in steps) for steps in seen]
+        return float(np.interp(num_decodes, numbers, seconds))

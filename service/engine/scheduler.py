@@ -81,6 +81,14 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
+    @property
+    def num_by_phase(self) -> tuple[int, int]:
+        """Sequences that write, and those that have a seat or would get one and wait for their
+        first token."""
+        num_decoding = sum(is_decode(sequence) for sequence in self.running)
+        seats = self.limits.max_num_seqs - num_decoding
+        return num_decoding, min(len(self.running) - num_decoding + len(self.waiting), seats)
+
     def refusal(self, num_prompt: int, max_tokens: int) -> str | None:
         """Why a sequence of these lengths could never run, or None when it could."""
         wanted = num_prompt + max_tokens

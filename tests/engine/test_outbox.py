@@ -21,15 +21,14 @@ def token(id_: int, token_id: int, finish_reason: str | None = None) -> Sequence
     return SequenceOutput(id_, [token_id], finish_reason=finish_reason)  # type: ignore[arg-type]
 
 
-def taken(box: Outbox) -> list[SequenceOutput]:
-    return box.take(EngineStats()).outputs
+def taken(box: Outbox, num_running: int) -> list[SequenceOutput]:
+    return box.take(box.due(num_running), EngineStats()).outputs
 
 
-def outbox(clock: Clock, max_events_s: float = 1000.0) -> Outbox:
+def outbox(clock: Clock, max_events_s: float = 640.0) -> Outbox:
     box = Outbox(max_events_s, clock)
     box.add([token(id_, 0) for id_ in range(32)])
-    assert box.is_due(32), "somebody waits for a first token"
-    assert len(taken(box)) == 32
+    assert len(taken(box, 32)) == 32, "somebody waits for a first token"
     return box
 
 
@@ -40,21 +39,20 @@ def test_with_many_sequences_tokens_share_a_message() -> None:
         record = StepRecord(num_sequences=32, num_decodes=32, num_tokens=32, step_s=0.006)
         box.add([token(id_, step) for id_ in range(32)], record)
         clock.now_s += 0.006
-        assert not box.is_due(32)
-    clock.now_s += 0.01
-    assert box.is_due(32)
-    told = box.take(EngineStats(steps=5))
+        assert not box.due(32)
+    clock.now_s += 0.03
+    told = box.take(box.due(32), EngineStats(steps=5))
     assert [one.token_ids for one in told.outputs] == [[1, 2, 3, 4]] * 32
     assert [record.num_tokens for record in told.steps] == [32] * 4
     assert told.stats.steps == 5
-    assert box.take(EngineStats()) == StepOutput([], EngineStats())
+    assert box.take([], EngineStats()) == StepOutput([], EngineStats())
 
 
 def test_with_few_sequences_each_step_is_told() -> None:
     clock = Clock()
     box = outbox(clock)
     box.add([token(0, 1), token(1, 1)])
-    assert box.is_due(2)
+    assert box.due(2) == [0, 1]
 
 
 def test_a_reader_never_waits_longer_than_he_would_see() -> None:
@@ -62,20 +60,20 @@ def test_a_reader_never_waits_longer_than_he_would_see() -> None:
     box = outbox(clock, max_events_s=1)
     box.add([token(0, 1)])
     clock.now_s += 0.0501
-    assert box.is_due(1000)
+    assert box.due(1000)
 
 
 def test_a_first_token_and_an_end_do_not_wait() -> None:
     clock = Clock()
     box = outbox(clock)
     box.add([token(3, 1)])
-    assert not box.is_due(32)
+    assert not box.due(32)
     box.add([token(99, 7)])
-    assert box.is_due(32)
-    assert [(one.id, one.token_ids) for one in taken(box)] == [(3, [1]), (99, [7])]
+    assert [(one.id, one.token_ids) for one in taken(box, 32)] == [(99, [7])], "3 can wait"
     box.add([token(3, 2, "stop")])
-    assert box.is_due(32)
-    assert taken(box)[0].finish_reason == "stop"
+    [ended] = taken(box, 32)
+    assert (ended.id, ended.token_ids, ended.finish_reason) == (3, [1, 2], "stop")
+    assert not box.due(32)
 
 
 def test_the_parts_of_an_output_are_kept() -> None:
@@ -115,25 +113,24 @@ def test_every_token_comes_once_and_in_order(
     given_: dict[int, list[int]] = {}
     told: dict[int, list[int]] = {}
     gone: set[int] = set()
-    waiting_since: float | None = None
+    since: dict[int, float] = {}  # when the oldest token was given that was not told
     for number, (ids, took_s, aborted) in enumerate(steps):
         for id_ in aborted - gone:
             gone.add(id_)
+            since.pop(id_, None)
             box.forget(id_)
         clock.now_s += took_s
         fresh = [token(id_, number) for id_ in sorted(ids - gone)]
         for one in fresh:
             given_.setdefault(one.id, []).append(number)
+            since.setdefault(one.id, clock.now_s)
         box.add(fresh)
-        waiting_since = clock.now_s if waiting_since is None and fresh else waiting_since
-        if box.is_due(6):
-            waiting_since = None
-            for one in taken(box):
-                assert one.id not in gone
-                told.setdefault(one.id, []).extend(one.token_ids)
-        elif waiting_since is not None:
-            assert clock.now_s - waiting_since < 0.06
-    for one in taken(box):
+        for one in taken(box, 6):
+            del since[one.id]  # nobody who is gone, nobody twice
+            told.setdefault(one.id, []).extend(one.token_ids)
+        assert all(clock.now_s - then < 0.06 for then in since.values())
+    clock.now_s += 1
+    for one in taken(box, 6):
         told.setdefault(one.id, []).extend(one.token_ids)
     for id_, ids_told in told.items():
         assert ids_told == given_[id_][: len(ids_told)]

@@ -10,35 +10,68 @@ from tests.engine.test_scheduler import make_sequence
 
 def test_nothing_known_is_no_bound() -> None:
     pace = PromptPace(2.5)
-    assert pace.prompt_tokens is None
+    assert pace.prompt_tokens(8, 1) is None
     pace.stepped(1.0, 0, 1000)
-    assert pace.prompt_tokens is None, "no decode was seen"
+    assert pace.prompt_tokens(8, 1) is None, "no decode was seen"
 
 
 def test_the_bound_is_what_the_measured_costs_allow() -> None:
     pace = PromptPace(2.5)
     pace.stepped(1.0, 0, 2000)  # 0.5 ms a token, 1 ms beside others
     pace.stepped(0.1, 8, 0)
-    assert pace.prompt_tokens == 150  # 0.1 s and 1.5 x 0.1 s
-    pace.stepped(0.4, 8, 150)  # it turns out to be 2 ms a token
-    assert pace.prompt_tokens == 75
+    assert pace.prompt_tokens(8, 1) == 150  # 0.1 s and 1.5 x 0.1 s
+    for _ in range(2):
+        pace.stepped(0.4, 8, 150)  # it turns out to be 2 ms a token
+    assert pace.prompt_tokens(8, 1) == 75
     for _ in range(20):
         pace.stepped(0.25, 8, 150)
-    assert pace.prompt_tokens == 150
+    assert pace.prompt_tokens(8, 1) == 150
 
 
 def test_there_is_always_room_for_some() -> None:
     pace = PromptPace(1.0)
     pace.stepped(1.0, 0, 100)
     pace.stepped(0.001, 8, 0)
-    assert pace.prompt_tokens == FEWEST_TOKENS
+    assert pace.prompt_tokens(8, 1) == FEWEST_TOKENS
+
+
+def test_a_step_is_compared_with_as_many_decodes() -> None:
+    """After a burst no step of decodes alone is seen for long: neither one stream's nor all
+    streams' steps are the measure for those that write now."""
+    pace = PromptPace(2.0)
+    pace.stepped(1.0, 0, 2000)  # 1 ms a token beside others
+    for _ in range(20):
+        pace.stepped(0.01, 1, 0)
+        pace.stepped(0.07, 31, 0)
+    bounds = [pace.prompt_tokens(n, 1) for n in (1, 11, 21, 31, 64)]
+    assert bounds == [FEWEST_TOKENS, 30, 50, 70, 70]
+
+
+def test_it_grows_where_more_wait_to_begin_than_write() -> None:
+    pace = PromptPace(2.0)
+    pace.stepped(1.0, 0, 2000)
+    pace.stepped(0.1, 8, 0)
+    assert [pace.prompt_tokens(8, n) for n in (1, 8, 16, 32)] == [100, 100, 300, 700]
+
+
+def test_only_those_with_a_seat_wait_to_begin() -> None:
+    scheduler = Scheduler(Limits(4, 512, 1024), BlockPool(64, 16))
+    for number in range(9):
+        scheduler.add(make_sequence(number, [1] * 20, 50))
+    assert scheduler.num_by_phase == (0, 4)
+    for item in scheduler.schedule():
+        scheduler.computed(scheduler.launched(item))
+        item.sequence.token_ids.append(1)
+    assert scheduler.num_by_phase == (4, 0), "all seats are taken"
+    scheduler.remove(scheduler.running[0])
+    assert scheduler.num_by_phase == (3, 1)
 
 
 def test_zero_does_not_bound() -> None:
     pace = PromptPace(0.0)
     pace.stepped(1.0, 0, 1000)
     pace.stepped(0.1, 8, 0)
-    assert pace.prompt_tokens is None
+    assert pace.prompt_tokens(8, 1) is None
 
 
 def test_the_bound_holds_beside_decodes_only() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 import subprocess
 import time
@@ -65,7 +64,7 @@ def load(
 
     def run(prompts: list[list[int]], output_tokens: int) -> Measurement:
         bodies = [body(prompt, output_tokens) for prompt in prompts]
-        began, streams = asyncio.run(read_all(url, bodies, understand))
+        began, streams = read_all(url, bodies, understand)
         totals = [len(s.stamps) if s.total is None else s.total for s in streams]
         require_tokens(totals, output_tokens)
         return from_stamps(
