@@ -14,7 +14,7 @@ from statistics import median
 import numpy as np
 
 NUM_REMEMBERED = 8
-# Prompts' costs are few and change from chunk to chunk, as there is more to attend to.
+# The dearest of them counts: a late chunk has more to attend to than an early one.
 NUM_CHUNKS_REMEMBERED = 3
 # Less would cost more in steps than it saves in waiting.
 FEWEST_TOKENS = 16
@@ -60,7 +60,7 @@ class PromptPace:
         """
         if not self._max_step_ratio or not self._decode_s or not self._token_s:
             return None
-        token_s = median(self._token_s)
+        token_s = max(self._token_s)
         if not num_decoding or token_s <= 0:
             return None
         ratio = self._max_step_ratio * max(1.0, num_starting / num_decoding)

@@ -20,8 +20,7 @@ def test_the_bound_is_what_the_measured_costs_allow() -> None:
     pace.stepped(1.0, 0, 2000)  # 0.5 ms a token, 1 ms beside others
     pace.stepped(0.1, 8, 0)
     assert pace.prompt_tokens(8, 1) == 150  # 0.1 s and 1.5 x 0.1 s
-    for _ in range(2):
-        pace.stepped(0.4, 8, 150)  # it turns out to be 2 ms a token
+    pace.stepped(0.4, 8, 150)  # it turns out to be 2 ms a token
     assert pace.prompt_tokens(8, 1) == 75
     for _ in range(20):
         pace.stepped(0.25, 8, 150)
