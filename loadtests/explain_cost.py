@@ -41,7 +41,6 @@ from service.bench.random_weights import random_model
 from service.engine.start import DTYPES
 
 BLOCK_SIZE = 32
-NUM_POSITIONS = 8  # that a token event shows
 CPU = torch.device("cpu")
 
 
@@ -131,7 +130,7 @@ def watch_table(
                 rows = dict.fromkeys(range(count), heads)
                 watching = watch(config, rows, given.context, BLOCK_SIZE)
                 forward(replace(plain, watch=watching))
-                glances(config, watching, NUM_POSITIONS)
+                glances(watching)
             else:
                 forward(plain)
             if number >= 3:  # the first ones warm up

@@ -1,12 +1,12 @@
 """Where the queries looked that chose a step's tokens, for the few sequences that somebody
 watches: what a stream can show token by token.
 
-    watching = watch(config, contexts, heads, ...)     before a step
-    forward(batch with watch=watching)                 adds the weights up on its way
-    glances(config, watching, 8)                       the strongest positions
+    watching = watch(config, heads, ...)          before a step
+    forward(batch with watch=watching)            adds weights up on its way, finds the largest
+    glances(watching)                             these, as plain numbers
 
-model/kernels/attention.c does it in the compiled forward; its twin, which serves every other
-backend, is `Watching`.
+model/kernels/attention.c and glance.c do it in the compiled forward; their twins, which serve every
+other backend, are `Watching` and `fill_glances`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from model.explain.recording import check_head
 from model.kv_cache import KVCache
 from model.positions import RotaryPositions
 
+DECIMALS = 6  # of weights: float32 has no more
+
 
 @dataclass(frozen=True, slots=True)
 class Glance:
@@ -38,10 +40,12 @@ class Glance:
 
 @dataclass(frozen=True, slots=True)
 class Glances:
-    """One query's: over all layers and heads, and in each of the heads that were chosen."""
+    """One query's: over all layers and heads, in each of the heads that were chosen, and the
+    likeliest next tokens with their log-probabilities in nats."""
 
     mean: Glance
     heads: list[Glance]
+    next: list[tuple[int, float]]
 
 
 def watch(
@@ -50,10 +54,14 @@ def watch(
     longest_context: int,
     block_size: int,
     device: torch.device | str = "cpu",
+    *,
+    num_places: int = 8,
+    num_tokens: int = 5,
 ) -> Watch:
     """A watch over the sequences that are the keys of `heads`, by their numbers in the batch;
     the values are the (layer, head) pairs wanted of each. `longest_context`: the most keys that
-    one of them sees in the step. Raises `ExplainError` for a head that is not there."""
+    one of them sees in the step. It finds so many strongest positions and likeliest tokens. Raises
+    `ExplainError` for a head that is not there."""
     chosen = [(row, *pair) for row, pairs in enumerate(heads.values()) for pair in pairs]
     for _, layer, head in chosen:
         check_head(config, layer, head)
@@ -63,6 +71,10 @@ def watch(
         tuple(chosen),
         torch.zeros(len(heads), config.num_kv_heads, columns, device=device),
         torch.zeros(len(chosen), columns, device=device),
+        torch.empty(len(heads) + len(chosen), num_places, dtype=torch.int32, device=device),
+        torch.empty(len(heads) + len(chosen), num_places, device=device),
+        torch.empty(len(heads), num_tokens, dtype=torch.int32, device=device),
+        torch.empty(len(heads), num_tokens, device=device),
     )
 
 
@@ -71,21 +83,50 @@ def mean_weights(config: ModelConfig, watch: Watch) -> Float[Tensor, "num_rows c
     return watch.sums.sum(dim=1) / (config.num_layers * config.num_heads)
 
 
-def glances(config: ModelConfig, watch: Watch, num: int) -> list[Glances]:
-    """The `num` strongest positions of every watched sequence, after the step."""
-    found = [Glances(row, []) for row in _strongest(mean_weights(config, watch), num)]
-    for (row, _, _), positions in zip(watch.heads, _strongest(watch.chosen, num), strict=True):
-        found[row].heads.append(positions)
+def glances(watch: Watch) -> list[Glances]:
+    """What every watched sequence's query saw, after the step; weights rounded."""
+    # By NumPy, which makes lists of a few hundred numbers in a tenth of torch's time.
+    places = watch.places.cpu().numpy().tolist()
+    weights = watch.weights.double().cpu().numpy().round(DECIMALS).tolist()
+    tokens, scores = watch.tokens.cpu().numpy().tolist(), watch.logprobs.cpu().numpy().tolist()
+    found: list[Glances] = []
+    for ids, logprobs in zip(tokens, scores, strict=True):
+        num = len(ids) - ids.count(-1)
+        mean = _glance(places[len(found)], weights[len(found)])
+        found.append(Glances(mean, [], list(zip(ids[:num], logprobs, strict=False))))
+    for (row, _, _), *of_head in zip(
+        watch.heads, places[len(found) :], weights[len(found) :], strict=True
+    ):
+        found[row].heads.append(_glance(*of_head))
     return found
 
 
-def _strongest(weights: Float[Tensor, "rows columns"], num: int) -> list[Glance]:
-    top = weights.topk(min(num, int(weights.shape[1])), dim=1)
-    found = []
-    for positions, shares in zip(top.indices.tolist(), top.values.tolist(), strict=True):
-        count = len(shares) - shares.count(0.0)  # they stand at the end
-        found.append(Glance(positions[:count], shares[:count]))
-    return found
+def _glance(places: list[int], weights: list[float]) -> Glance:
+    # What got nothing, and what there is not, stands at the end.
+    num = len(places) - (weights.count(0.0) or places.count(-1))
+    return Glance(places[:num], weights[:num])
+
+
+def fill_glances(
+    config: ModelConfig,
+    batch: ForwardBatch,
+    watch: Watch,
+    logits: Float[Tensor, "num_logits vocab_size"],
+) -> None:
+    """Find the strongest positions and the likeliest tokens, after the step's logits."""
+    rows = torch.cat((mean_weights(config, watch), watch.chosen))
+    num = min(watch.places.shape[1], rows.shape[1])
+    watch.places.fill_(-1)
+    watch.weights.fill_(0)
+    watch.weights[:, :num], watch.places[:, :num] = rows.topk(num, dim=1)
+    watch.tokens.fill_(-1)
+    of_token = {row: i for i, row in reversed(list(enumerate(batch.logits_rows.tolist())))}
+    for row, seq in enumerate(watch.seqs):
+        at = of_token.get(batch.query_start_host[seq + 1] - 1)
+        if at is not None:
+            num = min(watch.tokens.shape[1], logits.shape[1])
+            top = torch.log_softmax(logits[at].float(), dim=-1).topk(num)
+            watch.logprobs[row, :num], watch.tokens[row, :num] = top
 
 
 @dataclass(frozen=True, slots=True)
