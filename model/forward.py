@@ -17,7 +17,7 @@ from torch import Tensor
 from model.attention import SelfAttention
 from model.backends.base import AttentionBackend, AttentionStep
 from model.batch import ForwardBatch
-from model.explain.attended import Watching, fill_glances
+from model.explain.attended import Watching, find
 from model.positions import RotaryPositions
 from model.transformer import Transformer
 
@@ -58,7 +58,7 @@ class EagerForward:
         if batch.logits_rows.shape[0]:  # the first part of a prompt has none
             logits = self.model.logits(hidden[batch.logits_rows])
         if batch.watch is not None:
-            fill_glances(self.model.config, batch, batch.watch, logits)
+            find(self.model.config, batch, batch.watch, logits)
         return logits
 
 

@@ -3,10 +3,9 @@ watches: what a stream can show token by token.
 
     watching = watch(config, heads, ...)          before a step
     forward(batch with watch=watching)            adds weights up on its way, finds the largest
-    glances(watching)                             these, as plain numbers
 
 model/kernels/attention.c and glance.c do it in the compiled forward; their twins, which serve every
-other backend, are `Watching` and `fill_glances`.
+other backend, are `Watching` and `find`.
 """
 
 from __future__ import annotations
@@ -25,27 +24,6 @@ from model.config import ModelConfig
 from model.explain.recording import check_head
 from model.kv_cache import KVCache
 from model.positions import RotaryPositions
-
-DECIMALS = 6  # of weights: float32 has no more
-
-
-@dataclass(frozen=True, slots=True)
-class Glance:
-    """Where a query looked most, strongest first, and the shares of its attention that those
-    positions got. Fewer than were asked for where the rest got nothing."""
-
-    positions: list[int]
-    weights: list[float]
-
-
-@dataclass(frozen=True, slots=True)
-class Glances:
-    """One query's: over all layers and heads, in each of the heads that were chosen, and the
-    likeliest next tokens with their log-probabilities in nats."""
-
-    mean: Glance
-    heads: list[Glance]
-    next: list[tuple[int, float]]
 
 
 def watch(
@@ -83,48 +61,29 @@ def mean_weights(config: ModelConfig, watch: Watch) -> Float[Tensor, "num_rows c
     return watch.sums.sum(dim=1) / (config.num_layers * config.num_heads)
 
 
-def glances(watch: Watch) -> list[Glances]:
-    """What every watched sequence's query saw, after the step; weights rounded."""
-    # By NumPy, which makes lists of a few hundred numbers in a tenth of torch's time.
-    places = watch.places.cpu().numpy().tolist()
-    weights = watch.weights.double().cpu().numpy().round(DECIMALS).tolist()
-    tokens, scores = watch.tokens.cpu().numpy().tolist(), watch.logprobs.cpu().numpy().tolist()
-    found: list[Glances] = []
-    for ids, logprobs in zip(tokens, scores, strict=True):
-        num = len(ids) - ids.count(-1)
-        mean = _glance(places[len(found)], weights[len(found)])
-        found.append(Glances(mean, [], list(zip(ids[:num], logprobs, strict=False))))
-    for (row, _, _), *of_head in zip(
-        watch.heads, places[len(found) :], weights[len(found) :], strict=True
-    ):
-        found[row].heads.append(_glance(*of_head))
-    return found
-
-
-def _glance(places: list[int], weights: list[float]) -> Glance:
-    # What got nothing, and what there is not, stands at the end.
-    num = len(places) - (weights.count(0.0) or places.count(-1))
-    return Glance(places[:num], weights[:num])
-
-
-def fill_glances(
+def find(
     config: ModelConfig,
     batch: ForwardBatch,
     watch: Watch,
     logits: Float[Tensor, "num_logits vocab_size"],
 ) -> None:
     """Find the strongest positions and the likeliest tokens, after the step's logits."""
-    rows = torch.cat((mean_weights(config, watch), watch.chosen))
-    num = min(watch.places.shape[1], rows.shape[1])
+    means = mean_weights(config, watch)
+    rows: list[Tensor] = []
+    for row, mean in enumerate(means):
+        rows += [mean, *(watch.chosen[i] for i, one in enumerate(watch.heads) if one[0] == row)]
+    num = min(watch.places.shape[1], means.shape[1])
     watch.places.fill_(-1)
     watch.weights.fill_(0)
-    watch.weights[:, :num], watch.places[:, :num] = rows.topk(num, dim=1)
+    weights, places = torch.stack(rows).topk(num, dim=1)
+    watch.places[:, :num] = places.where(weights > 0, -1)
+    watch.weights[:, :num] = weights
     watch.tokens.fill_(-1)
-    of_token = {row: i for i, row in reversed(list(enumerate(batch.logits_rows.tolist())))}
+    num = min(watch.tokens.shape[1], logits.shape[1])
+    of_token = {token: i for i, token in reversed(list(enumerate(batch.logits_rows.tolist())))}
     for row, seq in enumerate(watch.seqs):
         at = of_token.get(batch.query_start_host[seq + 1] - 1)
         if at is not None:
-            num = min(watch.tokens.shape[1], logits.shape[1])
             top = torch.log_softmax(logits[at].float(), dim=-1).topk(num)
             watch.logprobs[row, :num], watch.tokens[row, :num] = top
 

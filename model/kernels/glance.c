@@ -1,7 +1,7 @@
 /* What somebody who watches is told: of the few hundred weights and the thousands of logits of a
  * watched sequence the largest, so that a step leaves only those to Python.
  *
- * The PyTorch twin is `fill_glances` in model/explain/attended.py.
+ * The PyTorch twin is `find` in model/explain/attended.py.
  */
 #include "kernels.h"
 #include "vectors.h"
@@ -17,11 +17,13 @@ INLINE vec load_within(const float *x, int64_t at, int64_t width) {
     return v;
 }
 
-/* The `num` largest of x, largest first, of equals the first; -1 for places there are too few for. */
-static void largest(const float *x, int64_t width, int64_t num, int32_t *places, float *values) {
+/* The `num` largest of x over `least`, largest first, of equals the first; -1 where there are no
+ * more. */
+static void largest(const float *x, int64_t width, float least, int64_t num, int32_t *places,
+                    float *values) {
     for (int64_t n = 0; n < num; n++) {
         places[n] = -1;
-        values[n] = -INFINITY;
+        values[n] = least;
     }
     for (int64_t at = 0; at < width; at += LANES) {
         const vec v = load_within(x, at, width);
@@ -71,7 +73,7 @@ static void likeliest(const Model *m, const Step *s, int64_t row) {
         return;
     }
     const float *logits = s->logits + at * vocab;
-    largest(logits, vocab, w->num_tokens, tokens, logprobs);
+    largest(logits, vocab, -INFINITY, w->num_tokens, tokens, logprobs);
     const float mass = log_mass(logits, vocab, logprobs[0]);
     for (int64_t n = 0; n < w->num_tokens; n++) logprobs[n] -= mass;
 }
@@ -82,12 +84,12 @@ void glances(const Model *m, const Step *s) {
     for (int64_t row = 0; row < w->num_rows; row++) {
         float *mean = w->scores + omp_get_thread_num() * SCORE_ROWS * w->stride;
         mean_weights(m, w, row, mean);
-        largest(mean, w->stride, w->num_places, w->places + row * w->num_places,
-                w->weights + row * w->num_places);
+        int64_t to = (w->chosen_start[row] + row) * w->num_places;
+        largest(mean, w->stride, 0, w->num_places, w->places + to, w->weights + to);
         for (int64_t i = w->chosen_start[row]; i < w->chosen_start[row + 1]; i++) {
-            const int64_t to = (w->num_rows + i) * w->num_places;
-            largest(w->chosen_weights + i * w->stride, w->stride, w->num_places, w->places + to,
-                    w->weights + to);
+            to += w->num_places;
+            largest(w->chosen_weights + i * w->stride, w->stride, 0, w->num_places,
+                    w->places + to, w->weights + to);
         }
         likeliest(m, s, row);
     }

@@ -64,9 +64,9 @@ typedef struct {
     const int64_t *chosen;       /* (num_chosen, 2): layer, head */
     float *chosen_weights;       /* (num_chosen, stride) */
     float *scores;               /* scratch, (num_threads, SCORE_ROWS, stride) */
-    /* Found after the logits: the largest of each row's mean and of each chosen head, largest
-     * first, (num_rows + num_chosen, num_places); and each row's likeliest next tokens,
-     * (num_rows, num_tokens). -1 where there are no more. */
+    /* Found after the logits, largest first: where each row's mean is largest, and then each of
+     * its chosen heads, (num_rows + num_chosen, num_places); and each row's likeliest next
+     * tokens, (num_rows, num_tokens). -1 where there are no more, or no weight. */
     int64_t num_places, num_tokens;
     int32_t *places;
     float *weights;

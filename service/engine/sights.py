@@ -5,26 +5,21 @@ The forward adds their weights up on its way; steps without such sequences do no
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
-import msgspec
 import torch
 
 from model.batch import ForwardBatch
 from model.config import ModelConfig
-from model.explain.attended import Glance, Glances, glances, watch
-from service.engine.explain_messages import AttendedByHead, AttendedPosition, Sight
+from model.explain.attended import watch
+from service.engine.explain_messages import NUM_POSITIONS, NUM_TOP, Sight
 from service.engine.scheduler import Scheduled
 
-NUM_POSITIONS = 8  # told of each token, and of each head of it
-NUM_TOP = 5  # alternatives told of each token
+DECIMALS = 6  # float32 has no more
 
-Sights = Mapping[int, msgspec.Raw]  # sequence id -> `Sight`, encoded
+Sights = Mapping[int, Sight]  # by the sequence's id
 NOTHING_SEEN: Sights = {}
-
-_json = msgspec.json.Encoder()
-_msgpack = msgspec.msgpack.Encoder()
 
 
 def watching(
@@ -58,23 +53,22 @@ def watching(
 def seen(batch: ForwardBatch, step: list[Scheduled]) -> Sights:
     """What the watched sequences of a batch looked at, and what their next tokens may have been;
     after its forward."""
-    if batch.watch is None:
+    watch = batch.watch
+    if watch is None:
         return NOTHING_SEEN
-    watched = [step[place].sequence for place in batch.watch.seqs]
-    return {
-        sequence.id: _sight(found, sequence.explain or ())
-        for sequence, found in zip(watched, glances(batch.watch), strict=True)
-    }
-
-
-def _sight(found: Glances, heads: Sequence[tuple[int, int]]) -> msgspec.Raw:
-    by_head = [
-        AttendedByHead(layer, head, _positions(one))
-        for (layer, head), one in zip(heads, found.heads, strict=True)
-    ]
-    sight = Sight(_json.encode(_positions(found.mean)), _json.encode(by_head), found.next)
-    return msgspec.Raw(_msgpack.encode(sight))
-
-
-def _positions(glance: Glance) -> list[AttendedPosition]:
-    return list(map(AttendedPosition, glance.positions, glance.weights))
+    places, tokens = watch.places.cpu().numpy(), watch.tokens.cpu().numpy()
+    weights = watch.weights.double().cpu().numpy().round(DECIMALS)
+    logprobs = watch.logprobs.double().cpu().numpy().round(DECIMALS)
+    sights = {}
+    begin = 0
+    for row, place in enumerate(watch.seqs):
+        sequence = step[place].sequence
+        end = begin + 1 + len(sequence.explain or ())
+        sights[sequence.id] = Sight(
+            places[begin:end].tobytes(),
+            weights[begin:end].tobytes(),
+            tokens[row].tobytes(),
+            logprobs[row].tobytes(),
+        )
+        begin = end
+    return sights

@@ -15,12 +15,12 @@ from torch import Tensor
 from model.batch import ForwardBatch, Watch, single_sequence
 from model.compiled import CompiledForward
 from model.config import ModelConfig
-from model.explain.attended import Glance, fill_glances, glances, mean_weights, watch
+from model.explain.attended import find, mean_weights, watch
 from model.explain.recording import ExplainError
 from model.forward import Forward
 from model.kv_cache import KVCache
 from tests.engine.engines import TINY_COMPILED, TINY_GPT2, eager_forward, random_model
-from tests.model.explaining import recorded
+from tests.model.explaining import Glance, glances, recorded
 
 SHAPES = [
     dataclasses.replace(TINY_COMPILED, sliding_windows=(None, 40, None)),
@@ -230,7 +230,7 @@ def test_the_strongest_positions_first_and_none_that_got_nothing() -> None:
     watching.chosen[0] = torch.tensor([0.0, 0.0, 0.25, 0.75])
     batch = single_sequence([1], block_table=[0], block_size=4)
     batch = dataclasses.replace(batch, query_start_host=(0, 0, 0, 1, 0, 0))
-    fill_glances(TINY_GPT2, batch, watching, torch.tensor([[0.0, math.log(3)]]))
+    find(TINY_GPT2, batch, watching, torch.tensor([[0.0, math.log(3)]]))
     first, second = glances(watching)
     assert first.mean == Glance([1, 2], [0.5, 0.375])
     assert (first.heads, first.next) == ([], [])
