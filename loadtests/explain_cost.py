@@ -29,7 +29,7 @@ from rich.table import Table
 from model.batch import ForwardBatch
 from model.checkpoint import load_checkpoint
 from model.checkpoint_files import bundled_checkpoint
-from model.explain.attended import glances, watch
+from model.explain.attended import watch
 from model.explain.record import record
 from model.families import read_config
 from model.families.published import PUBLISHED
@@ -41,7 +41,6 @@ from service.bench.random_weights import random_model
 from service.engine.start import DTYPES
 
 BLOCK_SIZE = 32
-NUM_POSITIONS = 8  # that a token event shows
 CPU = torch.device("cpu")
 
 
@@ -131,7 +130,6 @@ def watch_table(
                 rows = dict.fromkeys(range(count), heads)
                 watching = watch(config, rows, given.context, BLOCK_SIZE)
                 forward(replace(plain, watch=watching))
-                glances(config, watching, NUM_POSITIONS)
             else:
                 forward(plain)
             if number >= 3:  # the first ones warm up

@@ -27,6 +27,12 @@ class Watch:
     # Zeros before the step; columns are positions, rounded up to whole blocks.
     sums: Float[Tensor, "num_rows num_kv_heads columns"]  # over layers, and heads of a KV head
     chosen: Float[Tensor, "num_chosen columns"]  # of each of `heads`
+    # After the step, largest first: positions and weights of each row's mean and then of its chosen
+    # heads; each row's likeliest next tokens. -1 where there are no more, or they got nothing.
+    places: Int[Tensor, "num_rows_and_chosen num_places"]
+    weights: Float[Tensor, "num_rows_and_chosen num_places"]
+    tokens: Int[Tensor, "num_rows num_tokens"]
+    logprobs: Float[Tensor, "num_rows num_tokens"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from array import array
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -217,16 +218,25 @@ class _Watched:
         counts = Counter(row for row, _, _ in watch.heads)
         starts = [0, *accumulate(counts[row] for row in range(len(watch.seqs)))]
         chosen = [number for _, *numbers in watch.heads for number in numbers]
-        self.numbers = [torch.tensor(x, dtype=torch.int64) for x in (rows, starts, chosen)]
+        # Not tensors: torch takes 10 us to make one of a list.
+        self.numbers = [array("q", x) for x in (watch.seqs, rows, starts, chosen)]
         self.scores = torch.empty(threads, JOB_ROWS, columns)
         self.struct = structs.Watch(
             stride=columns,
-            rows=self.numbers[0].data_ptr(),
+            num_rows=len(watch.seqs),
+            seqs=self.numbers[0].buffer_info()[0],
+            rows=self.numbers[1].buffer_info()[0],
             sums=watch.sums.data_ptr(),
-            chosen_start=self.numbers[1].data_ptr(),
-            chosen=self.numbers[2].data_ptr(),
+            chosen_start=self.numbers[2].buffer_info()[0],
+            chosen=self.numbers[3].buffer_info()[0],
             chosen_weights=watch.chosen.data_ptr(),
             scores=self.scores.data_ptr(),
+            num_places=watch.places.shape[1],
+            num_tokens=watch.tokens.shape[1],
+            places=watch.places.data_ptr(),
+            weights=watch.weights.data_ptr(),
+            tokens=watch.tokens.data_ptr(),
+            logprobs=watch.logprobs.data_ptr(),
         )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from model.attention import SelfAttention
 from model.backends.base import AttentionBackend, AttentionStep
 from model.batch import ForwardBatch
-from model.explain.attended import Watching
+from model.explain.attended import Watching, find
 from model.positions import RotaryPositions
 from model.transformer import Transformer
 
@@ -54,9 +54,11 @@ class EagerForward:
         if heartbeat is not None:
             attend = _beating(attend, heartbeat)
         hidden = self.model(batch.input_ids, batch.positions, attend)
-        if not batch.logits_rows.shape[0]:  # the first part of a prompt
-            return torch.empty(0, self.model.config.vocab_size)
-        logits: Tensor = self.model.logits(hidden[batch.logits_rows])
+        logits = torch.empty(0, self.model.config.vocab_size)
+        if batch.logits_rows.shape[0]:  # the first part of a prompt has none
+            logits = self.model.logits(hidden[batch.logits_rows])
+        if batch.watch is not None:
+            find(self.model.config, batch, batch.watch, logits)
         return logits
 
 

@@ -110,8 +110,9 @@ class Transformer(nn.Module):
         return normed
 
     def logits(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocab_size"]:
-        """Scores of every next token, float32."""
-        return self.lm_head.product(hidden).float()
+        """Scores of every next token, float32; float64 where the model is."""
+        scores = self.lm_head.product(hidden)
+        return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
 def _embedding(rows: int, width: int) -> nn.Embedding:

@@ -11,9 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import msgspec
-
 from model.sampling_params import SamplingParams
+from service.engine.explain_messages import Sight
 from service.engine.messages import SequenceOutput, Submit, TokenLogprob
 
 
@@ -72,7 +71,7 @@ class JournalEntry:
     kills: int = 0  # the same, killed from outside
     _num_taken: int = 0  # of token_ids
     _logprobs: list[TokenLogprob] = field(default_factory=list)  # not yet taken
-    _explained: list[msgspec.Raw] = field(default_factory=list)  # not yet taken
+    _explained: list[Sight] = field(default_factory=list)  # not yet taken
     _last: SequenceOutput | None = None  # None: nothing came since the last `take`
     _timing: tuple[float, float] = (0.0, 0.0)
     _news: asyncio.Event | None = None
@@ -118,8 +117,8 @@ class JournalEntry:
         self.token_ids += output.token_ids
         if output.logprobs:
             self._logprobs += output.logprobs
-        if output.explained:  # copied: as they come they hold on to the whole step's message
-            self._explained += [one.copy() for one in output.explained]
+        if output.explained:
+            self._explained += output.explained
         self._last = output
         if self._news is not None:
             self._news.set()

@@ -1,12 +1,11 @@
 """Where the queries looked that chose a step's tokens, for the few sequences that somebody
 watches: what a stream can show token by token.
 
-    watching = watch(config, contexts, heads, ...)     before a step
-    forward(batch with watch=watching)                 adds the weights up on its way
-    glances(config, watching, 8)                       the strongest positions
+    watching = watch(config, heads, ...)          before a step
+    forward(batch with watch=watching)            adds weights up on its way, finds the largest
 
-model/kernels/attention.c does it in the compiled forward; its twin, which serves every other
-backend, is `Watching`.
+model/kernels/attention.c and glance.c do it in the compiled forward; their twins, which serve every
+other backend, are `Watching` and `find`.
 """
 
 from __future__ import annotations
@@ -27,33 +26,20 @@ from model.kv_cache import KVCache
 from model.positions import RotaryPositions
 
 
-@dataclass(frozen=True, slots=True)
-class Glance:
-    """Where a query looked most, strongest first, and the shares of its attention that those
-    positions got. Fewer than were asked for where the rest got nothing."""
-
-    positions: list[int]
-    weights: list[float]
-
-
-@dataclass(frozen=True, slots=True)
-class Glances:
-    """One query's: over all layers and heads, and in each of the heads that were chosen."""
-
-    mean: Glance
-    heads: list[Glance]
-
-
 def watch(
     config: ModelConfig,
     heads: Mapping[int, Sequence[tuple[int, int]]],
     longest_context: int,
     block_size: int,
     device: torch.device | str = "cpu",
+    *,
+    num_places: int = 8,
+    num_tokens: int = 5,
 ) -> Watch:
     """A watch over the sequences that are the keys of `heads`, by their numbers in the batch;
     the values are the (layer, head) pairs wanted of each. `longest_context`: the most keys that
-    one of them sees in the step. Raises `ExplainError` for a head that is not there."""
+    one of them sees in the step. It finds so many strongest positions and likeliest tokens. Raises
+    `ExplainError` for a head that is not there."""
     chosen = [(row, *pair) for row, pairs in enumerate(heads.values()) for pair in pairs]
     for _, layer, head in chosen:
         check_head(config, layer, head)
@@ -63,6 +49,10 @@ def watch(
         tuple(chosen),
         torch.zeros(len(heads), config.num_kv_heads, columns, device=device),
         torch.zeros(len(chosen), columns, device=device),
+        torch.empty(len(heads) + len(chosen), num_places, dtype=torch.int32, device=device),
+        torch.empty(len(heads) + len(chosen), num_places, device=device),
+        torch.empty(len(heads), num_tokens, dtype=torch.int32, device=device),
+        torch.empty(len(heads), num_tokens, device=device),
     )
 
 
@@ -71,21 +61,31 @@ def mean_weights(config: ModelConfig, watch: Watch) -> Float[Tensor, "num_rows c
     return watch.sums.sum(dim=1) / (config.num_layers * config.num_heads)
 
 
-def glances(config: ModelConfig, watch: Watch, num: int) -> list[Glances]:
-    """The `num` strongest positions of every watched sequence, after the step."""
-    found = [Glances(row, []) for row in _strongest(mean_weights(config, watch), num)]
-    for (row, _, _), positions in zip(watch.heads, _strongest(watch.chosen, num), strict=True):
-        found[row].heads.append(positions)
-    return found
-
-
-def _strongest(weights: Float[Tensor, "rows columns"], num: int) -> list[Glance]:
-    top = weights.topk(min(num, int(weights.shape[1])), dim=1)
-    found = []
-    for positions, shares in zip(top.indices.tolist(), top.values.tolist(), strict=True):
-        count = len(shares) - shares.count(0.0)  # they stand at the end
-        found.append(Glance(positions[:count], shares[:count]))
-    return found
+def find(
+    config: ModelConfig,
+    batch: ForwardBatch,
+    watch: Watch,
+    logits: Float[Tensor, "num_logits vocab_size"],
+) -> None:
+    """Find the strongest positions and the likeliest tokens, after the step's logits."""
+    means = mean_weights(config, watch)
+    rows: list[Tensor] = []
+    for row, mean in enumerate(means):
+        rows += [mean, *(watch.chosen[i] for i, one in enumerate(watch.heads) if one[0] == row)]
+    num = min(watch.places.shape[1], means.shape[1])
+    watch.places.fill_(-1)
+    watch.weights.fill_(0)
+    weights, places = torch.stack(rows).topk(num, dim=1)
+    watch.places[:, :num] = places.where(weights > 0, -1)
+    watch.weights[:, :num] = weights
+    watch.tokens.fill_(-1)
+    num = min(watch.tokens.shape[1], logits.shape[1])
+    of_token = {token: i for i, token in reversed(list(enumerate(batch.logits_rows.tolist())))}
+    for row, seq in enumerate(watch.seqs):
+        at = of_token.get(batch.query_start_host[seq + 1] - 1)
+        if at is not None:
+            top = torch.log_softmax(logits[at].float(), dim=-1).topk(num)
+            watch.logprobs[row, :num], watch.tokens[row, :num] = top
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,7 @@ def record(
         done += 1
         yield Progress(done, total)
     last = run.residuals[-1, num_tokens - num_rows :]
-    logits = last.new_empty(num_rows, config.vocab_size, dtype=torch.float32)
+    logits = last.new_empty(num_rows, config.vocab_size, dtype=run.precise)
     for _ in logits_of(model, last, logits):
         done += 1
         yield Progress(done, total)
@@ -151,9 +151,8 @@ class _Run:
         self.keys = like.new_empty(layers, room, config.num_kv_heads, width)
         self.values = torch.empty_like(self.keys)
         # Filled piece by piece, zeros too: at once, a large one would be a long piece.
-        self.attention = like.new_empty(
-            len(kept), config.num_heads, room, room, dtype=torch.float32
-        )
+        self.precise = torch.promote_types(like.dtype, torch.float32)
+        self.attention = like.new_empty(len(kept), config.num_heads, room, room, dtype=self.precise)
 
     def advance(self, ids: Int[Tensor, " num_tokens"]) -> Generator[None, None, None]:
         """Take the next tokens through all layers; a piece is ROWS of them in one layer."""
@@ -192,13 +191,13 @@ class _RecordingStep:
         run.queries[layer, rows] = queries
         run.keys[layer, rows] = keys
         run.values[layer, rows] = values
-        group = run.config.num_heads // run.config.num_kv_heads
+        group, precise = run.config.num_heads // run.config.num_kv_heads, run.precise
         k, v = (
-            held[layer, : rows.stop].float().transpose(0, 1).repeat_interleave(group, dim=0)
+            held[layer, : rows.stop].to(precise).transpose(0, 1).repeat_interleave(group, dim=0)
             for held in (run.keys, run.values)
         )
         mixed, weights = scaled_dot_product(
-            queries.float().transpose(0, 1), k, v, self._visible(layer).to(qkv.device)
+            queries.to(precise).transpose(0, 1), k, v, self._visible(layer).to(qkv.device)
         )
         if layer in run.kept:
             kept = run.attention[run.kept.index(layer), :, rows]

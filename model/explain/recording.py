@@ -85,7 +85,8 @@ class Recording:
     """One sequence through the model, with everything that happened on the way.
 
     Residuals, queries, keys and values have the dtype that the model serves in; queries and
-    keys are normed and turned to their positions. Attention and logits are float32.
+    keys are normed and turned to their positions. Attention and logits are float32, of a float64
+    model float64.
     """
 
     ids: Int[Tensor, " num_tokens"]

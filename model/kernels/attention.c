@@ -13,7 +13,7 @@
 #include <math.h>
 #include <omp.h>
 
-#define ROWS_MAX 4
+#define ROWS_MAX SCORE_ROWS
 #define DIM_MAX (MAX_HEAD_DIM / LANES)
 #define BLOCK_MAX (MAX_BLOCK / LANES)
 

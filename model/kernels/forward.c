@@ -68,5 +68,6 @@ void vitrine_forward(const Model *m, const Step *s) {
         norm_rows(m, &m->final_norm, s->hidden, s->logits_rows, s->num_logits, s->normed);
         const Output logits = {s->logits, NULL, NO_ACTIVATION, 0};
         linear(&m->lm_head, s->normed, s->num_logits, m->is_bf16, &logits, s->panels);
+        if (s->watch) glances(m, s);
     }
 }

@@ -11,6 +11,7 @@
 
 #define MAX_HEAD_DIM 256
 #define MAX_BLOCK 128
+#define SCORE_ROWS 4 /* queries whose scores a thread keeps at once */
 
 enum { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
 enum { NO_ACTIVATION = 0, GELU = 1, GELU_TANH = 2, SWIGLU = 3 };
@@ -55,13 +56,22 @@ typedef struct {
 /* Sequences whose last query somebody watches. Weights go to rows `stride` apart: the longest
  * context of a watched sequence, rounded up to whole blocks. */
 typedef struct {
-    int64_t stride;
+    int64_t stride, num_rows;
+    const int64_t *seqs;         /* (num_rows): the sequence of each row */
     const int64_t *rows;         /* (num_seqs): which row of sums; -1: not watched */
     float *sums;                 /* (rows, num_kv_heads, stride): of weights, over layers and heads */
     const int64_t *chosen_start; /* (rows + 1): where a row's chosen heads begin */
     const int64_t *chosen;       /* (num_chosen, 2): layer, head */
     float *chosen_weights;       /* (num_chosen, stride) */
-    float *scores;               /* scratch, (num_threads, 4, stride) */
+    float *scores;               /* scratch, (num_threads, SCORE_ROWS, stride) */
+    /* Found after the logits, largest first: where each row's mean is largest, and then each of
+     * its chosen heads, (num_rows + num_chosen, num_places); and each row's likeliest next
+     * tokens, (num_rows, num_tokens). -1 where there are no more, or no weight. */
+    int64_t num_places, num_tokens;
+    int32_t *places;
+    float *weights;
+    int32_t *tokens;
+    float *logprobs;
 } Watch;
 
 typedef struct {
@@ -91,5 +101,6 @@ typedef struct {
 void linear(const Linear *weights, const void *x, int64_t rows, int64_t x_is_bf16,
             const Output *output, void *panels);
 void attention(const Model *model, const Layer *layer, const Step *step);
+void glances(const Model *model, const Step *step);
 
 #endif

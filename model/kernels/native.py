@@ -21,7 +21,7 @@ from model.kernels.processors import CPU_INFO, Target, features, targets
 from model.kernels.structs import FORWARD_ARGUMENTS, PRODUCT_ARGUMENTS
 
 SOURCES = tuple(
-    Path(__file__).with_name(f"{name}.c") for name in ("forward", "linear", "attention")
+    Path(__file__).with_name(f"{name}.c") for name in ("forward", "linear", "attention", "glance")
 )
 HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("kernels", "vectors"))
 PREBUILT = Path(__file__).with_name("prebuilt")

@@ -75,12 +75,20 @@ class Watch(Structure):
 
     _fields_: ClassVar = [
         ("stride", c_int64),
+        ("num_rows", c_int64),
+        ("seqs", c_void_p),
         ("rows", c_void_p),
         ("sums", c_void_p),
         ("chosen_start", c_void_p),
         ("chosen", c_void_p),
         ("chosen_weights", c_void_p),
         ("scores", c_void_p),
+        ("num_places", c_int64),
+        ("num_tokens", c_int64),
+        ("places", c_void_p),
+        ("weights", c_void_p),
+        ("tokens", c_void_p),
+        ("logprobs", c_void_p),
     ]
 
 

@@ -24,7 +24,7 @@ def encode(body: msgspec.Struct) -> bytes:
     return _encoder.encode(body)
 
 
-class TopLogprob(msgspec.Struct, frozen=True):
+class TopLogprob(msgspec.Struct, frozen=True, gc=False):
     """One of the likeliest tokens at a position."""
 
     token_id: int

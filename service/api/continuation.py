@@ -9,12 +9,11 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-import msgspec
-
 from service.api.answers import Timing, Usage
 from service.api.recent import TokenLog
 from service.api.sight import sights
 from service.api.text import AnswerText
+from service.engine.explain_messages import Sight
 from service.engine.messages import SequenceOutput, TokenLogprob
 from service.journal import TokenStream
 
@@ -53,7 +52,7 @@ class Delta:
     text: str
     token_ids: list[int]
     logprobs: list[TokenLogprob] | None  # parallel to token_ids; None: not asked for
-    explained: list[msgspec.Raw] | None = None  # likewise: a `Sight` each, encoded
+    explained: list[Sight] | None = None  # likewise
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,7 +53,8 @@ class EventWriter:
     def _event(self, item: Item) -> bytes:
         if isinstance(item, Delta):
             logprobs = answers.logprobs(self._tokenizer, item.logprobs)
-            explained = explanations(self._tokenizer, item.explained)
+            heads = self.generation.plan.explain
+            explained = explanations(self._tokenizer, item.explained, heads)
             event = TokenEvent(item.index, item.text, item.token_ids, logprobs, explained)
             return self._frame("token", answers.encode(event))
         if isinstance(item, Done):

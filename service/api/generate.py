@@ -124,7 +124,7 @@ async def _whole_answer(
                 finish_reason=one.done.finish_reason,
                 stop_reason=UNSET if one.done.stop_reason is None else one.done.stop_reason,
                 logprobs=answers.logprobs(tokenizer, one.logprobs),
-                explain=explanations(tokenizer, one.explained),
+                explain=explanations(tokenizer, one.explained, plan.explain),
             )
             for one in wholes
         ],

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import msgspec
-
 from service.api.continuation import Delta, Done
 from service.api.generation import Generation
+from service.engine.explain_messages import Sight
 from service.engine.messages import TokenLogprob
 
 
@@ -18,7 +17,7 @@ class Whole:
     done: Done
     token_ids: list[int]
     logprobs: list[TokenLogprob] | None  # parallel to token_ids; None: not asked for
-    explained: list[msgspec.Raw] | None  # likewise: a `Sight` each, encoded
+    explained: list[Sight] | None  # likewise
 
 
 async def whole_continuations(generation: Generation) -> list[Whole]:
@@ -28,7 +27,7 @@ async def whole_continuations(generation: Generation) -> list[Whole]:
     logprobs: list[list[TokenLogprob] | None] = [
         None if sampling.logprobs is None else [] for _, sampling in planned
     ]
-    explained: list[list[msgspec.Raw] | None] = [
+    explained: list[list[Sight] | None] = [
         None if plan.explain is None else [] for plan, _ in planned
     ]
     done: dict[int, Done] = {}

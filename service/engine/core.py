@@ -19,9 +19,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-import msgspec
-
 from model.sampling import SampledTokens
+from service.engine.explain_messages import Sight
 from service.engine.grammars import GrammarQueue
 from service.engine.guests import Begin
 from service.engine.messages import (
@@ -312,7 +311,7 @@ class EngineCore:
         place: int,
         token_id: int,
         logprob: TokenLogprob | None,
-        seen: msgspec.Raw | None,
+        seen: Sight | None,
     ) -> SequenceOutput:
         """The token at `place` of the sequence is known. Another may already be drawn."""
         num_output = place + 1 - sequence.num_prompt

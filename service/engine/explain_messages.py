@@ -111,7 +111,11 @@ class Explained(msgspec.Struct, frozen=True, tag=True):
     error: str | None = None  # what went wrong, in words for the operator
 
 
-class AttendedPosition(msgspec.Struct, frozen=True):
+NUM_POSITIONS = 8  # told of each token of a stream, and of each head of it
+NUM_TOP = 5  # alternatives told of each token
+
+
+class AttendedPosition(msgspec.Struct, frozen=True, gc=False):
     """A token that was looked at, and how much."""
 
     position: Annotated[int, Meta(description="In prompt and output, from 0.")]
@@ -126,14 +130,18 @@ class AttendedByHead(msgspec.Struct, frozen=True):
     attended: list[AttendedPosition]
 
 
-class Sight(msgspec.Struct, frozen=True, array_like=True):
+class Sight(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What the query that chose a token of a stream looked at, and what else it may have chosen.
 
-    Lists as JSON, which the API sends as they are: a token event has a hundred numbers of it."""
+    Arrays as they lie in this machine's memory, int32 and float64: a token has a hundred numbers of
+    it, and the engine has the least time for them. Largest first; -1 where there are no more."""
 
-    attended: bytes  # of `AttendedPosition`: the mean over all layers and heads
-    heads: bytes  # of `AttendedByHead`: those that were asked for, in that order
-    top: list[Scored]
+    places: (
+        bytes  # `NUM_POSITIONS` of the mean of all layers and heads, then of each head asked for
+    )
+    weights: bytes  # parallel to `places`
+    tokens: bytes  # the likeliest
+    logprobs: bytes  # parallel to `tokens`, nats
 
 
 def recorded_id(explanation_id: int) -> int:

@@ -11,7 +11,7 @@ from typing import Literal
 import msgspec
 
 from model.sampling_params import SamplingParams
-from service.engine.explain_messages import EndExplain, Explain, Explained, ExplainPart
+from service.engine.explain_messages import EndExplain, Explain, Explained, ExplainPart, Sight
 
 MAX_MESSAGE_BYTES = 64 * 2**20
 
@@ -133,8 +133,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
     cached_prompt_tokens: int = 0
     queue_s: float = 0.0  # from arrival to the first step it ran in
     prefill_s: float = 0.0  # from there to its first token
-    # A `Sight` for each token, encoded: nobody looks into it before it is sent on.
-    explained: list[msgspec.Raw] | None = None
+    explained: list[Sight] | None = None  # parallel to token_ids
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):

@@ -128,7 +128,7 @@ class Runner:
         tokens = sample(logits, sampling)
         sampled = time.monotonic()
         profile.sample_s += sampled - forwarded
-        sights = seen(batch, step, self.config, logits)
+        sights = seen(batch, step)
         profile.look_s += time.monotonic() - sampled
         return tokens, sights
 

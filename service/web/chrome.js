@@ -70,8 +70,9 @@ export function showModel(info) {
   document.title = `Vitrine · ${info.model}`;
 }
 
-/** Buttons of which one is pressed: [{name, value, isOff}]. */
+/** Buttons of which one is pressed: [{name, value, isOff}]. Drawn anew, the same one has the focus. */
 export function choices(element, label, options, chosen, choose) {
+  const focused = [...element.children].indexOf(document.activeElement);
   element.replaceChildren(
     h("span", { class: "label" }, label),
     ...options.map(({ name, value, isOff = false }) =>
@@ -88,4 +89,5 @@ export function choices(element, label, options, chosen, choose) {
       ),
     ),
   );
+  if (focused >= 0) element.children[focused]?.focus();
 }

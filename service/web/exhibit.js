@@ -1,9 +1,11 @@
 // The case: the tokens, the card beside them, and what is said below.
 
+import { Arcs } from "./arcs.js";
 import { strongest } from "./attention.js";
 import { drawCard } from "./card.js";
+import { choices } from "./chrome.js";
 import { byId, percent, shown } from "./dom.js";
-import { page, queryOf } from "./page.js";
+import { page, queryOf, update } from "./page.js";
 import { TokenView } from "./tokens.js";
 
 const ATTENDED = 8;
@@ -16,6 +18,7 @@ const ENDINGS = {
 
 export class Exhibit {
   #view;
+  #arcs;
   #choose;
 
   /** `choose(position | null)` when a token is to be kept. */
@@ -28,6 +31,8 @@ export class Exhibit {
         this.redraw();
       },
     });
+    this.#arcs = new Arcs(byId("arcs"), byId("tokens"));
+    this.#drawChoice();
   }
 
   /** Show these tokens instead of the ones that are there. */
@@ -64,13 +69,16 @@ export class Exhibit {
     if (isCovered && token.top < card.bottom) scrollBy({ top: token.bottom - card.top + 24 });
   }
 
-  /** The shades and the card. */
+  /** The shades, the arcs and the card. */
   redraw() {
     const { state, tokens, explainer } = page;
     const position = page.pointed ?? state.token;
     const token = position === null ? undefined : tokens[position];
     const attended = token ? attendedBy(token, position) : null;
     this.#view.shade(attended?.weights ?? null, attended?.query ?? null);
+    byId("tokens").classList.toggle("with-arcs", state.arcs);
+    const rows = state.arcs ? (attended?.rows ?? null) : null;
+    this.#arcs.show(rows, attended?.query, (at) => this.#view.inkOf(at));
     drawCard(byId("card"), {
       token,
       position,
@@ -79,6 +87,18 @@ export class Exhibit {
       attended,
       isChosen: position !== null && position === state.token,
       unchoose: () => this.#choose(null),
+    });
+  }
+
+  #drawChoice() {
+    const options = [
+      { name: "on", value: true },
+      { name: "off", value: false },
+    ];
+    choices(byId("arcs-choice"), "Arcs", options, page.state.arcs, (arcs) => {
+      update({ arcs });
+      this.#drawChoice();
+      this.redraw();
     });
   }
 

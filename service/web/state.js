@@ -54,6 +54,7 @@ export function initialState() {
     shown: "", // "text": it was continued; "prompt": it was looked into as it is
     token: null, // the chosen one, by position
     look: "from", // "from" the chosen token, or "for": to choose it
+    arcs: true, // over the text, to what was looked at
     head: null, // [layer, head]; null: the mean over all
     upto: null, // explain so many tokens only; null: all
     offHeads: [],
@@ -80,6 +81,7 @@ export function toFragment(state) {
   for (const name of ["seed", "drawn", "shown"]) if (state[name]) words.set(name, state[name]);
   if (state.token !== null) words.set("token", state.token);
   if (state.look !== "from") words.set("look", state.look);
+  if (!state.arcs) words.set("arcs", "off");
   if (state.head) words.set("head", state.head.join("."));
   if (state.upto !== null) words.set("upto", state.upto);
   if (state.offHeads.length) words.set("off", joined(state.offHeads));
@@ -101,6 +103,7 @@ export function fromFragment(fragment) {
     if (/^\d{1,19}$/.test(words.get(name) ?? "")) state[name] = words.get(name);
   if (["text", "prompt"].includes(words.get("shown"))) state.shown = words.get("shown");
   if (words.get("look") === "for") state.look = "for";
+  state.arcs = words.get("arcs") !== "off";
   for (const name of ["token", "upto"])
     if (isCount(words.get(name) ?? "")) state[name] = Number(words.get(name));
   state.head = pairs(words.get("head") ?? "")[0] ?? null;

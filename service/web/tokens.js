@@ -60,6 +60,11 @@ export class TokenView {
     return this.#elements[position]?.getBoundingClientRect() ?? null;
   }
 
+  /** Where its ink stands, and of a token that is broken over two lines the beginning. */
+  inkOf(position) {
+    return this.#elements[position]?.querySelector(".ink").getClientRects()[0] ?? null;
+  }
+
   #append(position) {
     const token = this.#tokens[position];
     const element = h(

@@ -4,15 +4,12 @@ nobody has read yet are merged, and nothing comes after a cancel."""
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import msgspec
-
 from service.client import EngineState
 from service.engine.explain_messages import (
-    AttendedByHead,
-    AttendedPosition,
     Explained,
     ExplainPart,
     ExplainWish,
@@ -102,15 +99,17 @@ class FakeStream:
         )
         self._tell()
 
-    def _explained(self, count: int) -> list[msgspec.Raw] | None:
+    def _explained(self, count: int) -> list[Sight] | None:
         """Every token looked at position 0, and each head at its own number."""
         if (heads := self.request.explain) is None:
             return None
-        mean = [AttendedPosition(0, 0.75), AttendedPosition(1, 0.25)]
-        by_head = [AttendedByHead(*pair, [AttendedPosition(pair[1], 1.0)]) for pair in heads]
-        top = [(j, -1.0 - j) for j in range(5)]
-        one = Sight(msgspec.json.encode(mean), msgspec.json.encode(by_head), top)
-        return [msgspec.Raw(msgspec.msgpack.encode(one))] * count
+        places, weights = [0, 1, *[-1] * 6], [0.75, 0.25, *[0.0] * 6]
+        for _, head in heads:
+            places += [head, *[-1] * 7]
+            weights += [1.0, *[0.0] * 7]
+        arrays = array("i", places), array("d", weights), array("i", range(5))
+        logprobs = array("d", [-1.0 - j for j in range(5)])
+        return [Sight(*(one.tobytes() for one in (*arrays, logprobs)))] * count
 
     def fail(self, error: Exception) -> None:
         self._pending = error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from array import array
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from model.explain.record import record
 from model.explain.recording import Ablation, Recording
 from service.engine.explain_messages import (
+    NUM_POSITIONS,
     AblationWish,
     Explain,
     Explained,
@@ -203,20 +205,17 @@ class Told:
 
 
 def seen_by(outputs: list[SequenceOutput]) -> list[Told]:
-    decoder = msgspec.msgpack.Decoder(Sight)
-    sights = [decoder.decode(one) for output in outputs for one in output.explained or []]
-    return [
-        Told(
-            pairs(json.loads(one.attended)),
-            [pairs(head["attended"]) for head in json.loads(one.heads)],
-            one.top,
-        )
-        for one in sights
-    ]
+    return [told(one) for output in outputs for one in output.explained or []]
 
 
-def pairs(attended: list[dict[str, Any]]) -> list[tuple[int, float]]:
-    return [(one["position"], one["weight"]) for one in attended]
+def told(sight: Sight) -> Told:
+    seen = list(zip(array("i", sight.places), array("d", sight.weights), strict=True))
+    next_tokens = zip(array("i", sight.tokens), array("d", sight.logprobs), strict=True)
+    mean, *heads = (
+        [pair for pair in seen[start : start + NUM_POSITIONS] if pair[0] >= 0]
+        for start in range(0, len(seen), NUM_POSITIONS)
+    )
+    return Told(mean, heads, list(next_tokens))
 
 
 def stepped(requests: list[Submit], core: Any = None) -> dict[int, list[SequenceOutput]]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.engine.explain_messages import Sight
 from service.engine.messages import (
     EngineStats,
     SequenceOutput,
@@ -78,7 +78,7 @@ def test_a_first_token_and_an_end_do_not_wait() -> None:
 
 def test_the_parts_of_an_output_are_kept() -> None:
     logprobs = [TokenLogprob(5, -1.0, 1, []), TokenLogprob(6, -2.0, 2, [])]
-    seen = [msgspec.Raw(b"\x01"), msgspec.Raw(b"\x02")]
+    seen = [Sight(b"1", b"", b"", b""), Sight(b"2", b"", b"", b"")]
     times = {"queue_s": 0.25, "prefill_s": 0.5}
     first = SequenceOutput(
         1, [5], logprobs[:1], cached_prompt_tokens=32, explained=seen[:1], **times

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -14,12 +15,12 @@ from torch import Tensor
 from model.batch import ForwardBatch, Watch, single_sequence
 from model.compiled import CompiledForward
 from model.config import ModelConfig
-from model.explain.attended import Glance, glances, mean_weights, watch
+from model.explain.attended import find, mean_weights, watch
 from model.explain.recording import ExplainError
 from model.forward import Forward
 from model.kv_cache import KVCache
 from tests.engine.engines import TINY_COMPILED, TINY_GPT2, eager_forward, random_model
-from tests.model.explaining import recorded
+from tests.model.explaining import Glance, glances, recorded
 
 SHAPES = [
     dataclasses.replace(TINY_COMPILED, sliding_windows=(None, 40, None)),
@@ -42,8 +43,11 @@ class Company:
         longest = max(len(self.texts[seq]) for seq in heads)
         return watch(config, heads, longest, self.block_size)
 
-    def run(self, forward: Forward, watching: Watch | None) -> Tensor:
-        """What is before, sequence by sequence, and then the step."""
+    def run(
+        self, forward: Forward, watching: Watch | None, draws: list[int] | None = None
+    ) -> Tensor:
+        """What is before, sequence by sequence, and then the step, in which all sequences draw
+        a token, or `draws`."""
         for text, new, table in zip(self.texts, self.new, self.tables, strict=True):
             if len(text) > new:
                 before = text[: len(text) - new]
@@ -60,6 +64,7 @@ class Company:
         starts = [0]
         for new in self.new:
             starts.append(starts[-1] + new)
+        everyone = range(len(self.texts))
         widest = max(len(table) for table in self.tables)
         contexts = [len(text) for text in self.texts]
         batch = ForwardBatch(
@@ -69,7 +74,7 @@ class Company:
             context_lens=torch.tensor(contexts),
             block_tables=torch.tensor([t + [0] * (widest - len(t)) for t in self.tables]),
             slot_mapping=torch.cat([part.slot_mapping for part in parts]),
-            logits_rows=torch.tensor([start - 1 for start in starts[1:]]),
+            logits_rows=torch.tensor([starts[seq + 1] - 1 for seq in draws or everyone]),
             query_start_host=tuple(starts),
             context_lens_host=tuple(contexts),
             watch=watching,
@@ -175,17 +180,64 @@ def test_watching_changes_no_bit_of_the_step() -> None:
         assert torch.equal(*logits)
 
 
+@pytest.mark.parametrize("vocab_size", [211, 16, 3])
+@torch.inference_mode()
+def test_compiled_code_and_its_twin_find_the_same(vocab_size: int) -> None:
+    """Positions and tokens, fewer than asked for where there are no more."""
+    shape = dataclasses.replace(TINY_COMPILED, vocab_size=vocab_size)
+    generator = torch.Generator().manual_seed(1)
+    texts = [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in (70, 2, 33)]
+    company = Company(texts, [1, 2, 20], [[0, 1, 2, 3, 4], [5], [6, 7, 8]], 16)
+    found = []
+    for make in (CompiledForward, eager_forward):
+        cache = KVCache.allocate(shape, num_blocks=9, block_size=16, dtype=torch.float32)
+        watching = company.watch(shape, {2: [(0, 1)], 0: [(2, 2), (0, 0)], 1: []})
+        logits = company.run(make(random_model(shape), cache), watching)
+        found.append(glances(watching))
+        best = torch.log_softmax(logits, dim=-1).topk(min(5, vocab_size))
+        for seq, one in zip((2, 0, 1), found[-1], strict=True):
+            assert [token for token, _ in one.next] == best.indices[seq].tolist()
+            told = [logprob for _, logprob in one.next]
+            assert told == pytest.approx(best.values[seq].tolist(), abs=1e-5)
+    for ours, theirs in zip(*found, strict=True):
+        assert len(ours.heads) == len(theirs.heads)
+        glances_of = zip([ours.mean, *ours.heads], [theirs.mean, *theirs.heads], strict=True)
+        for one, other in glances_of:
+            assert one.positions == other.positions
+            assert one.weights == pytest.approx(other.weights, abs=2e-5)
+    assert len(found[0][0].mean.positions) == 8
+    assert len(found[0][2].mean.positions) == 2
+
+
+@torch.inference_mode()
+def test_a_query_after_which_nothing_is_drawn_has_no_next_token() -> None:
+    company = Company([list(range(20)), [7, 8]], [20, 2], [[0, 1], [2]], 16)
+    for make in (CompiledForward, eager_forward):
+        cache = KVCache.allocate(TINY_COMPILED, num_blocks=3, block_size=16, dtype=torch.float32)
+        watching = company.watch(TINY_COMPILED, {0: [], 1: []})
+        company.run(make(random_model(TINY_COMPILED), cache), watching, draws=[1])
+        first, second = glances(watching)
+        assert first.next == []
+        assert len(first.mean.positions) == 8
+        assert len(second.next) == 5
+
+
 def test_the_strongest_positions_first_and_none_that_got_nothing() -> None:
     two_layers_of_three = 2 * 3
-    sums = torch.tensor([[0.125, 0.5, 0.375, 0.0], [1.0, 0.0, 0.0, 0.0]])[:, None]
-    watching = Watch(
-        (4, 2), ((1, 0, 0),), sums * two_layers_of_three, torch.tensor([[0.0, 0.0, 0.25, 0.75]])
-    )
-    first, second = glances(TINY_GPT2, watching, 2)
+    watching = watch(TINY_GPT2, {4: [], 2: [(0, 0)]}, 4, 4, num_places=2, num_tokens=3)
+    watching.sums[:, 0] = torch.tensor([[0.125, 0.5, 0.375, 0.0], [1.0, 0.0, 0.0, 0.0]])
+    watching.sums.mul_(two_layers_of_three)
+    watching.chosen[0] = torch.tensor([0.0, 0.0, 0.25, 0.75])
+    batch = single_sequence([1], block_table=[0], block_size=4)
+    batch = dataclasses.replace(batch, query_start_host=(0, 0, 0, 1, 0, 0))
+    find(TINY_GPT2, batch, watching, torch.tensor([[0.0, math.log(3)]]))
+    first, second = glances(watching)
     assert first.mean == Glance([1, 2], [0.5, 0.375])
-    assert first.heads == []
+    assert (first.heads, first.next) == ([], [])
     assert second.mean == Glance([0], [1.0])
     assert second.heads == [Glance([3, 2], [0.75, 0.25])]
+    expected = [(1, pytest.approx(math.log(0.75))), (0, pytest.approx(math.log(0.25)))]
+    assert second.next == expected
 
 
 def test_a_head_that_is_not_there_is_refused() -> None:

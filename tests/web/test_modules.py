@@ -95,6 +95,7 @@ async def test_the_fragment_and_back(server: Server, opened: Opens) -> None:
                 "seed": "9223372036854775807",
                 "token": 0,
                 "look": "for",
+                "arcs": False,
                 "head": [0, 31],
                 "upto": 3,
                 "offHeads": [[1, 2], [0, 0]],
