@@ -3,10 +3,10 @@
     python -m model.kernels.gpu.ahead                          # every variant in use, a table
     python -m model.kernels.gpu.ahead --shape gpt2 --dtype float32 --target 80
 
-The interpreter runs a kernel without compiling it, so it finds neither what the compiler refuses nor
-what does not fit a GPU. Here a forward runs on torch's meta device: the launchers are called as they
-are when serving, with the same numbers and alignments, and Triton, told that a GPU of the target is
-the current one, compiles for it and launches nothing. ptxas comes with triton; no GPU, driver or
+The interpreter runs a kernel without compiling it: it finds neither what the compiler refuses nor
+what does not fit a GPU. Here a forward runs on torch's meta device. The launchers are called as
+when serving, with the same numbers and alignments, and Triton, told that a GPU of the target is the
+current one, compiles for it and launches nothing. ptxas comes with triton; no GPU, driver or
 toolkit is needed. Not in a process with TRITON_INTERPRET=1, which does not compile.
 """
 
@@ -34,7 +34,6 @@ from triton.compiler import ASTSource
 
 from model.backends.cuda import CudaBackend
 from model.batch import ForwardBatch
-from model.config import ModelConfig
 from model.families import read_config
 from model.families.published import PUBLISHED
 from model.fused import FusedForward
@@ -88,12 +87,14 @@ class Compiled:
     error: str = ""  # what the compiler said, or what does not fit
 
 
-SETTINGS = tuple(
+_EVERY_KIND = tuple(
     Setting(shape, dtype, deterministic)
     for shape in ("llama-3.1-8b", "mistral-7b", "qwen3-0.6b", "qwen3-8b", "llama-2-7b", "gpt2")
     for dtype in DTYPES
     for deterministic in (False, True)
-) + (Setting("llama-3.1-8b", max_model_len=256), Setting("llama-3.1-8b", max_model_len=131072))
+)
+_LENGTHS = tuple(Setting("llama-3.1-8b", max_model_len=length) for length in (256, 131072))
+SETTINGS = _EVERY_KIND + _LENGTHS
 
 
 class _Driver:
@@ -120,7 +121,7 @@ def collecting(capability: int, found: Callable[..., None]) -> Iterator[None]:
         raise RuntimeError("TRITON_INTERPRET=1: kernels are interpreted here, not compiled")
     target = GPUTarget("cuda", capability, 32)
 
-    def hook(*, key: str, fn: Any, compile: dict[str, Any], **_: object) -> bool:
+    def hook(*, key: str, fn: Any, compile: dict[str, Any], **_: object) -> bool:  # noqa: A002 - Triton's name
         found(key, target, fn.jit_function, compile)
         return True  # "already there": Triton neither compiles nor launches
 
@@ -220,7 +221,7 @@ def launch_all(setting: Setting, batches: Iterable[list[int]] = BATCHES) -> None
     forward.reserve(num_seats=1025, num_rows=256)
     for lengths in batches:
         logits = forward(_batch(lengths, longest))
-        _draw(forward, logits, config)
+        _draw(forward, logits)
 
 
 def _ints(*shape: int) -> Tensor:
@@ -247,7 +248,7 @@ def _batch(lengths: list[int], max_model_len: int) -> ForwardBatch:
     )
 
 
-def _draw(forward: FusedForward, logits: Tensor, config: ModelConfig) -> None:
+def _draw(forward: FusedForward, logits: Tensor) -> None:
     rows = logits.shape[0]
     adjust = AdjustRows(
         penalty_starts=_ints(rows + 1),
@@ -282,7 +283,9 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write it there too")
     given = parser.parse_args()
     settings = tuple(
-        setting if given.max_model_len is None else replace(setting, max_model_len=given.max_model_len)
+        setting
+        if given.max_model_len is None
+        else replace(setting, max_model_len=given.max_model_len)
         for setting in SETTINGS
         if (given.shape is None or setting.shape in given.shape)
         and (given.dtype is None or setting.dtype in given.dtype)
@@ -294,7 +297,8 @@ def main() -> int:
             rows.append(row)
             print(  # noqa: T201
                 f"{row.kernel:24} {row.target:3} {row.registers:4} {row.stack_bytes:5} "
-                f"{row.shared_bytes:7} {row.compile_s:6.2f}  {row.variant} ({row.setting}) {row.error}",
+                f"{row.shared_bytes:7} {row.compile_s:6.2f}  {row.variant} "
+                f"({row.setting}) {row.error}",
                 flush=True,
             )
     if given.json is not None:
