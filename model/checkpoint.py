@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.checkpoint_files import (
     CheckpointError,
@@ -33,11 +33,11 @@ from model.checkpoint_files import (
 from model.checkpoint_tensors import Tensors, open_tensors
 from model.config import ConfigError, ModelConfig
 from model.families import Source
+from model.parallel import HEAD, Group, cut, empty_part, put
 from model.transformer import Transformer
 
 __all__ = ["Checkpoint", "CheckpointError", "bundled_checkpoint", "load_checkpoint"]
 
-HEAD = "lm_head.weight"
 EMBEDDING = "embedding.weight"
 ROWS = 4096  # compared at once, to make no second tensor of an embedding's size
 
@@ -62,12 +62,14 @@ def load_checkpoint(
     max_positions: int | None = None,
     progress: bool = False,
     after_tensor: Callable[[], None] | None = None,
+    group: Group | None = None,
 ) -> Checkpoint:
     """The model in `directory`.
 
     All parameters get one `dtype`; None is the one the token embedding is stored in.
     `max_positions` bounds the position tables (default: the config's). `progress` draws a
-    bar on stderr. `after_tensor` is called after each parameter.
+    bar on stderr. `after_tensor` is called after each parameter. With a `group` it is this
+    process's part of the model, cut tensor by tensor on the CPU; `config` is still the whole's.
 
     Raises `CheckpointError`, whose message is one line naming the file, tensor or field and
     the values at odds, when a file is missing, truncated or malformed; when the config asks
@@ -79,19 +81,26 @@ def load_checkpoint(
         sources = _match_names(info, tensors)
         # Shapes first, on a module whose position tables have one row: a corrupt head_dim
         # must not allocate tables for a context of that width.
-        _check_shapes(_build(info.config, 1), sources, tensors)
-        model = _build(info.config, max_positions)
+        whole = _build(info.config, 1)
+        _check_shapes(whole, sources, tensors)
+        model = _build(info.config, max_positions, group)
         dtype = dtype or tensors.dtype(sources[EMBEDDING].names[0])
         total_bytes = sum(_stored_bytes(source, tensors) for source in sources.values())
         with _bar(total_bytes, visible=progress) as advance:
             for name, source in sources.items():
-                filled = _fill(name, model.get_parameter(name), source, tensors, device, dtype)
-                _put(model, name, nn.Parameter(filled, requires_grad=False))
+                filled_on = device if group is None else "cpu"
+                filled = _fill(name, whole.get_parameter(name), source, tensors, filled_on, dtype)
+                if group is not None:
+                    if name == EMBEDDING and info.config.tie_embeddings:
+                        put(model, HEAD, cut(HEAD, filled, info.config, group).to(device))
+                    filled = cut(name, filled, info.config, group).to(device)
+                put(model, name, filled)
                 advance(_stored_bytes(source, tensors))
                 if after_tensor is not None:
                     after_tensor()
         if info.config.tie_embeddings:
-            model.lm_head.weight = model.embedding.weight
+            if group is None:
+                model.lm_head.weight = model.embedding.weight
             _check_tied(sources[EMBEDDING].names[0], tensors)
     model.place_position_tables(device)
     return Checkpoint(
@@ -104,9 +113,13 @@ def load_checkpoint(
     )
 
 
-def _build(config: ModelConfig, max_positions: int | None) -> Transformer:
+def _build(
+    config: ModelConfig, max_positions: int | None, group: Group | None = None
+) -> Transformer:
     """The module without memory for its parameters."""
     try:
+        if group is not None:
+            return empty_part(config, group, max_positions)
         with torch.device("meta"):
             return Transformer(config, max_positions=max_positions)
     except ConfigError as error:
@@ -199,11 +212,6 @@ def _not_finite(published: str, stored: Tensor, part: Tensor, name: str) -> str:
         f"tensor {published} holds {too_large} of {stored.numel()} values beyond "
         f"{torch.finfo(part.dtype).max:g}, the largest of {part.dtype} ({name})"
     )
-
-
-def _put(model: Transformer, name: str, parameter: nn.Parameter) -> None:
-    path, _, last = name.rpartition(".")
-    setattr(model.get_submodule(path), last, parameter)
 
 
 def _check_tied(embedding: str, tensors: Tensors) -> None:

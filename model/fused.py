@@ -141,8 +141,9 @@ class FusedForward:
             return torch.empty(0, model.config.vocab_size, device=hidden.device)
         normed = self._add_norm(hidden, update, self._final_norm)
         logits = self._gather_logits(self._head(normed.index_select(0, batch.logits_rows)))
+        logits = logits[:, : model.config.vocab_size]  # of several parts the last may be longer
         if logits.shape[0] > self._logits.shape[0]:
-            return logits.float()
+            return logits.float().contiguous()
         return self._logits[: logits.shape[0]].copy_(logits)
 
     def _add_norm(self, hidden: Tensor, update: Tensor | None, norm: _Norm) -> Tensor:

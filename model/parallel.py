@@ -3,8 +3,9 @@
 Products whose outputs are cut (query, key, value; gate, up) need nothing from the others; those
 whose inputs are cut (out, down) give partial sums, added up by all (Shoeybi et al. 2019,
 arXiv:1909.08053, section 3). Heads are cut whole, with the KV heads that they share, so that the
-cache is cut too. The head gives each GPU a run of the vocabulary, put together before tokens are
-drawn; embeddings and norms are everywhere. So a layer has two sums, and all GPUs draw the same.
+cache is cut too. The head gives each GPU a run of the vocabulary (the last run may end in rows of
+zeros), put together before tokens are drawn; embeddings and norms are everywhere. So a layer has
+two sums, and all GPUs draw the same.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from model.config import ConfigError, ModelConfig
-from model.layers import GeluMLP, SwiGLUMLP
 from model.linear import Linear
-from model.transformer import Block, Transformer
+from model.transformer import Transformer
+
+HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +37,22 @@ class Group:
         dist.all_reduce(partial)
         return partial
 
-    def put_together(self, part: Float[Tensor, "rows part"]) -> Float[Tensor, "rows vocab_size"]:
+    def put_together(self, part: Float[Tensor, "rows part"]) -> Float[Tensor, "rows all_parts"]:
         """Everybody's runs of the vocabulary, side by side."""
         parts = [torch.empty_like(part) for _ in range(self.size)]
         dist.all_gather(parts, part.contiguous())
         return torch.cat(parts, dim=-1)
 
+    def least(self, number: int, device: torch.device) -> int:
+        """The smallest of everybody's numbers."""
+        own = torch.tensor([number], dtype=torch.int64, device=device)
+        dist.all_reduce(own, dist.ReduceOp.MIN)
+        return int(own)
+
 
 def part_config(config: ModelConfig, size: int) -> ModelConfig:
     """The numbers of one of `size` parts. Raises `ConfigError` for what cannot be cut evenly."""
-    for name in ("num_kv_heads", "num_heads", "intermediate_size", "vocab_size"):
+    for name in ("num_kv_heads", "num_heads", "intermediate_size"):
         if getattr(config, name) % size:
             raise ConfigError(f"{name} {getattr(config, name)} cannot be cut into {size} parts")
     return replace(
@@ -55,63 +63,48 @@ def part_config(config: ModelConfig, size: int) -> ModelConfig:
     )
 
 
+def empty_part(config: ModelConfig, group: Group, max_positions: int | None) -> Transformer:
+    """A transformer with fewer heads, a narrower MLP and a head for a run of the vocabulary, on
+    the meta device."""
+    with torch.device("meta"):
+        part = Transformer(part_config(config, group.size), max_positions=max_positions)
+        rows = -(-config.vocab_size // group.size)
+        part.lm_head = Linear(config.hidden_size, rows, bias=False)
+    return part
+
+
+def cut(name: str, whole: Tensor, config: ModelConfig, group: Group) -> Tensor:
+    """This process's part of a whole model's parameter; `config` is the whole model's."""
+    *_, module, kind = name.split(".")
+    if name == HEAD:
+        rows = -(-config.vocab_size // group.size)
+        mine = whole[group.rank * rows : (group.rank + 1) * rows]
+        return torch.cat((mine, mine.new_zeros(rows - len(mine), whole.shape[1])))
+    if module in ("out", "down"):  # inputs are cut
+        if kind == "weight":
+            return whole.chunk(group.size, dim=1)[group.rank].contiguous()
+        return whole.clone() if group.rank == 0 else torch.zeros_like(whole)  # added once
+    runs = {
+        "qkv": [config.query_size, config.kv_size, config.kv_size],
+        "gate_up": [config.intermediate_size] * 2,
+        "up": [config.intermediate_size],
+    }.get(module)
+    if runs is None:
+        return whole.clone()
+    return torch.cat([run.chunk(group.size)[group.rank] for run in whole.split(runs)])
+
+
+def put(model: nn.Module, name: str, parameter: Tensor) -> None:
+    """Give a parameter of `model` its memory."""
+    path, _, last = name.rpartition(".")
+    setattr(model.get_submodule(path), last, nn.Parameter(parameter, requires_grad=False))
+
+
 @torch.no_grad()
 def part_of(model: Transformer, group: Group) -> Transformer:
-    """This process's part of a whole model: a transformer with fewer heads, a narrower MLP and a
-    head for a run of the vocabulary. Its weights are its own; the whole can go."""
-    config = part_config(model.config, group.size)
-    embedding = model.embedding.weight
-    with torch.device("meta"):
-        part = Transformer(config, max_positions=model.max_positions)
-    part.to(embedding.dtype).to_empty(device=embedding.device)
-    part.place_position_tables(embedding.device)
-    for ours, whole in zip(part.blocks, model.blocks, strict=True):
-        _fill_block(ours, whole, config, group)
-    part.embedding.weight.copy_(embedding)
-    if part.position_embedding is not None and model.position_embedding is not None:
-        part.position_embedding.weight.copy_(model.position_embedding.weight)
-    part.final_norm.load_state_dict(model.final_norm.state_dict())
-    head = Linear(config.hidden_size, config.vocab_size // group.size, bias=False)
-    head.weight = nn.Parameter(_run(model.lm_head.weight, group).clone())
-    part.lm_head = head
-    return part.eval().requires_grad_(False)
-
-
-def _fill_block(ours: nn.Module, whole: nn.Module, config: ModelConfig, group: Group) -> None:
-    if not isinstance(ours, Block) or not isinstance(whole, Block):
-        raise TypeError(f"a transformer of {type(whole).__name__}")
-    for name in ("attention_norm", "mlp_norm"):
-        getattr(ours, name).load_state_dict(getattr(whole, name).state_dict())
-    for name in ("query_norm", "key_norm"):
-        if (norm := getattr(whole.attention, name)) is not None:
-            getattr(ours.attention, name).load_state_dict(norm.state_dict())
-    sizes = (config.query_size, config.kv_size, config.kv_size)
-    _fill_outputs(ours.attention.qkv, whole.attention.qkv, sizes, group)
-    _fill_inputs(ours.attention.out, whole.attention.out, group)
-    width = config.intermediate_size
-    if isinstance(ours.mlp, SwiGLUMLP) and isinstance(whole.mlp, SwiGLUMLP):
-        _fill_outputs(ours.mlp.gate_up, whole.mlp.gate_up, (width, width), group)
-        _fill_inputs(ours.mlp.down, whole.mlp.down, group)
-    elif isinstance(ours.mlp, GeluMLP) and isinstance(whole.mlp, GeluMLP):
-        _fill_outputs(ours.mlp.up, whole.mlp.up, (width,), group)
-        _fill_inputs(ours.mlp.down, whole.mlp.down, group)
-    else:
-        raise TypeError(f"an MLP of {type(whole.mlp).__name__}")
-
-
-def _fill_outputs(ours: Linear, whole: Linear, sizes: tuple[int, ...], group: Group) -> None:
-    """`sizes` of the parts' runs of outputs, such as queries, keys and values."""
-    runs = [size * group.size for size in sizes]
-    for mine, theirs in ((ours.weight, whole.weight), (ours.bias, whole.bias)):
-        if mine is not None and theirs is not None:
-            mine.copy_(torch.cat([_run(part, group) for part in theirs.split(runs)]))
-
-
-def _fill_inputs(ours: Linear, whole: Linear, group: Group) -> None:
-    ours.weight.copy_(whole.weight.chunk(group.size, dim=1)[group.rank])
-    if ours.bias is not None and whole.bias is not None:  # added once, by the first
-        ours.bias.copy_(whole.bias if group.rank == 0 else torch.zeros_like(whole.bias))
-
-
-def _run(rows: Tensor, group: Group) -> Tensor:
-    return rows.chunk(group.size)[group.rank]
+    """This process's part of a whole model. Its weights are its own; the whole can go."""
+    part = empty_part(model.config, group, model.max_positions)
+    for name, whole in model.named_parameters(remove_duplicate=False):
+        put(part, name, cut(name, whole, model.config, group))
+    part.place_position_tables(model.embedding.weight.device)
+    return part.eval()

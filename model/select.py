@@ -13,6 +13,7 @@ from model.cpu import RowPadding
 from model.forward import EagerForward, Forward
 from model.kernels.native import NativeKernelError
 from model.kv_cache import KVCache
+from model.parallel import Group
 from model.transformer import Transformer
 
 Weights = Literal["plain", "int8", "float8"]
@@ -116,6 +117,41 @@ def _select_gpu(
     forward = FusedForward(model, cuda, make_product=make_product)
     padding = RowPadding() if deterministic else None
     return Selection(forward, "cuda", _parameter_bytes(model) + forward.nbytes, padding, misses)
+
+
+def select_part(
+    model: Transformer, cache: KVCache, group: Group, *, deterministic: bool
+) -> Selection:
+    """The forward of a part of a model (model/parallel.py): Triton's kernels on a GPU, their
+    twins on a CPU, where parts are for trying out. Raises `ImportError` without triton."""
+    from model.backends.cuda import CudaBackend
+    from model.fused import FusedForward
+    from model.kernels.gpu.kernels import TRITON, TWINS
+    from model.products import fixed_product, library_product
+
+    on_gpu = cache.keys.device.type != "cpu"
+    kernels = TRITON if on_gpu else TWINS
+    misses: tuple[str, ...] = ()
+    if deterministic and not (on_gpu and group.size == 2):
+        misses = ("tokens may depend on the load: " + _why_not_deterministic(on_gpu),)
+        deterministic = False
+    backend = CudaBackend(model.config, cache, model.max_positions, deterministic, kernels)
+    forward = FusedForward(
+        model,
+        backend,
+        make_product=fixed_product(kernels) if deterministic else library_product,
+        reduce=group.add_up,
+        gather_logits=group.put_together,
+    )
+    padding = RowPadding() if deterministic else None
+    name = "cuda" if on_gpu else "cuda-twins"
+    return Selection(forward, name, _parameter_bytes(model), padding, misses)
+
+
+def _why_not_deterministic(on_gpu: bool) -> str:
+    if on_gpu:  # of two numbers there is one sum; of more it hangs on the order
+        return "sums over more than two GPUs are added in an order that their number of rows moves"
+    return "a CPU's products in parts are not padded"
 
 
 def _parameter_bytes(model: Transformer) -> int:

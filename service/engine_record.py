@@ -21,6 +21,7 @@ PARTS = ("schedule", "build", "forward", "sample", "book")
 TOTALS = (
     "steps",
     "preemptions",
+    "memory_shortages",
     "prompt_tokens",
     "generated_tokens",
     "cache_queries",

@@ -58,6 +58,7 @@ class EngineCollector(Collector):
         yield Names.WAITING.show_value(stats.num_waiting)
         yield Names.STEPS.show_value(totals["steps"])
         yield Names.PREEMPTIONS.show_value(totals["preemptions"])
+        yield Names.MEMORY_SHORTAGES.show_value(totals["memory_shortages"])
         yield Names.PROMPT_TOKENS.show_value(totals["prompt_tokens"])
         yield Names.GENERATED_TOKENS.show_value(totals["generated_tokens"])
         yield Cache.BLOCKS.show(

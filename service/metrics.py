@@ -144,6 +144,10 @@ class Engine:
     WAITING = gauge("engine_sequences_waiting", "Sequences in the engine's queue.")
     STEPS = counter("engine_steps", "Steps of the engine.")
     PREEMPTIONS = counter("engine_preemptions", "Sequences put back to make room.")
+    MEMORY_SHORTAGES = counter(
+        "engine_memory_shortages",
+        "Steps that did not fit the device's memory: run again with half of their tokens.",
+    )
     PROMPT_TOKENS = counter("engine_prompt_tokens", "Prompt tokens computed.")
     GENERATED_TOKENS = counter("engine_generated_tokens", "Tokens sampled.")
 

@@ -85,6 +85,13 @@ class ModelSettings(CommandSettings):
         True,
         description="on a GPU, prepare the next step while one runs; a CPU does one at a time",
     )
+    tensor_parallel_size: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="GPUs of this machine over which the model is cut, cuda:0 and on; heads, KV "
+        "heads and the MLP's width must be multiples of it",
+    )
     block_size: int = Field(32, ge=1, le=512, description="tokens in one KV block")
     threads: int | None = Field(
         None, ge=1, description="compute threads of the engine on a CPU; without it, torch's choice"
@@ -244,6 +251,7 @@ def engine_config(settings: ModelSettings, model_dir: Path) -> EngineConfig:
         deterministic=settings.deterministic,
         gpu_memory_utilization=settings.gpu_memory_utilization,
         overlap=settings.overlap,
+        tensor_parallel_size=settings.tensor_parallel_size,
     )
 
 

@@ -208,6 +208,7 @@ class InfoAnswer(msgspec.Struct, frozen=True):
     threads: int
     deterministic: bool
     attention_backend: str
+    tensor_parallel_size: int
     engine: Annotated[str, Meta(description="The engine's state.")]
     versions: dict[str, str]
     limits: dict[str, int | float]

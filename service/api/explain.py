@@ -23,7 +23,7 @@ from service.api.errors import (
 )
 from service.api.explain_admission import check_wish, shown_text
 from service.api.explain_answers import ExplainAnswer
-from service.api.explain_checks import check_enabled
+from service.api.explain_checks import check_can_explain, check_enabled
 from service.api.explain_schemas import ExplainRequest
 from service.api.explain_writer import explanation_json
 from service.api.identity import key_name_of
@@ -71,6 +71,7 @@ def routes(context: ApiContext) -> APIRouter:
             check_enabled(limits)
             shown = await shown_text(body, context, key_name_of(request))
             tokenizer, info = context.loaded()
+            check_can_explain(info)
             wish = check_wish(body, len(shown.token_ids), info, limits)
             ticket = visit_of(request).begin(len(shown.token_ids) + wish.max_tokens)
             try:

@@ -18,6 +18,13 @@ def check_enabled(limits: ApiLimits) -> None:
         raise ProblemError("explain-off", 403, OFF)
 
 
+def check_can_explain(info: ModelInfo) -> None:
+    """403 on an engine whose model is cut over several processes."""
+    if not info.can_explain:
+        reason = f"a model that is cut into {info.tensor_parallel_size} parts explains nothing"
+        raise ProblemError("explain-off", 403, reason)
+
+
 def requested_heads(
     body: GenerateRequest, max_tokens: int, info: ModelInfo, limits: ApiLimits
 ) -> list[tuple[int, int]] | None:

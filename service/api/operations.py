@@ -87,6 +87,7 @@ def _info(context: ApiContext, versions: dict[str, str]) -> InfoAnswer:
         threads=info.threads,
         deterministic=info.deterministic,
         attention_backend=info.attention_backend,
+        tensor_parallel_size=info.tensor_parallel_size,
         engine=context.engine.state,
         versions=versions | {"torch": info.torch_version},
         limits=limits,

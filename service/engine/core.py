@@ -34,11 +34,11 @@ from service.engine.messages import (
 from service.engine.pace import PromptPace
 from service.engine.profile import StepProfile
 from service.engine.recorder import Recorder
-from service.engine.runner import Result, StepRunner
+from service.engine.runner import RanksApartError, Result, StepRunner, is_out_of_memory
 from service.engine.scheduler import Launched, Scheduled, Scheduler
 from service.engine.sequence import UNREAD, Sequence
 from service.engine.sights import Sights
-from service.engine.traffic import Traffic
+from service.engine.traffic import Traffic, needs
 from service.grammars import MISSING, GrammarError
 
 # How long a step that has nothing to run waits for a grammar.
@@ -148,6 +148,7 @@ class EngineCore:
             cached_blocks=pool.num_cached,
             total_blocks=pool.num_blocks,
             preemptions=self.scheduler.num_preemptions,
+            memory_shortages=self.scheduler.num_shortages,
             steps=self._steps,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
@@ -222,24 +223,39 @@ class EngineCore:
         launch fails end in `outputs`."""
         flight = _Flight(StepProfile(), time.monotonic())
         profile = flight.profile
-        scheduled = self.scheduler.schedule(self.pace.prompt_tokens(*self.scheduler.num_by_phase))
+        scheduled = self._schedule()
+        profile.schedule_s = time.monotonic() - flight.began
+        while scheduled:
+            num_shortages = self.scheduler.num_shortages
+            self._profile(scheduled, flight)
+            outputs += self._launch_part(scheduled, flight)
+            if flight.parts or self.scheduler.num_shortages == num_shortages:
+                return flight
+            scheduled = self._schedule()  # a smaller one
+        return None
+
+    def _schedule(self) -> list[Scheduled]:
+        return self.scheduler.schedule(self.pace.prompt_tokens(*self.scheduler.num_by_phase))
+
+    def _profile(self, scheduled: list[Scheduled], flight: _Flight) -> None:
+        """What a step is about to compute."""
+        profile = flight.profile
         profile.num_sequences = len(scheduled)
         profile.num_decodes = sum(item.num_tokens == 1 for item in scheduled)
         profile.num_tokens = sum(item.num_tokens for item in scheduled)
         profile.referenced_blocks = self.scheduler.pool.num_referenced
-        profile.schedule_s = time.monotonic() - flight.began
         for item in scheduled:
             if item.sequence.started_at is None:
                 item.sequence.started_at = flight.began
-        if self.traffic is not None and scheduled:
-            profile.num_bytes, profile.flops = _needs(self.traffic, scheduled, profile.num_decodes)
-        outputs += self._launch_part(scheduled, flight)
-        return flight if scheduled else None
+        if self.traffic is not None:
+            profile.num_bytes, profile.flops = needs(self.traffic, scheduled)
 
     def _launch_part(self, scheduled: list[Scheduled], flight: _Flight) -> list[SequenceOutput]:
         """Run and count. When the forward raises, each half runs by itself, and so on, so
-        that only the sequence that is at fault ends with an error (law 6), and a step that did
-        not fit the memory runs in parts. Computing again what was computed changes nothing."""
+        that only the sequence that is at fault ends with an error (law 6). Computing again what
+        was computed changes nothing. What finds no memory is not run, and makes steps smaller."""
+        # A part before this one may have found no memory, and cost others of the step theirs.
+        scheduled = [item for item in scheduled if item.sequence.blocks]
         if not scheduled:
             return []
         if self.recorder is not None:
@@ -248,18 +264,32 @@ class EngineCore:
             self.recorder.begin(list(dict.fromkeys(own + running + flight.sequence_ids)))
         try:
             result = self.runner.launch(scheduled, flight.profile)
+        except RanksApartError:
+            raise
         except Exception as error:  # noqa: BLE001 - whatever it is, it must cost one sequence only
-            if len(scheduled) > 1:
-                middle = len(scheduled) // 2
-                outputs = self._launch_part(scheduled[:middle], flight)
-                return outputs + self._launch_part(scheduled[middle:], flight)
-            return [self._fail(scheduled[0].sequence, f"{type(error).__name__}: {error}")]
+            reason, has_no_memory = f"{type(error).__name__}: {error}", is_out_of_memory(error)
+        else:
+            self._count(scheduled, result, flight)
+            return []
+        # Out of the handler: an exception holds on to the tensors of the step that raised it.
+        if has_no_memory:
+            self.runner.free_memory()
+            if self.scheduler.shrink(sum(item.num_tokens for item in scheduled)):
+                return []
+        if len(scheduled) > 1:
+            middle = len(scheduled) // 2
+            outputs = self._launch_part(scheduled[:middle], flight)
+            return outputs + self._launch_part(scheduled[middle:], flight)
+        return [self._fail(scheduled[0].sequence, reason)]
+
+    def _count(self, scheduled: list[Scheduled], result: Result, flight: _Flight) -> None:
+        """A part of a step was launched."""
+        self.scheduler.fitted()
         items = [self.scheduler.launched(item) for item in scheduled]
         for item in items:
             if item.samples:
                 item.sequence.token_ids.append(UNREAD)
         flight.parts.append((items, result))
-        return []
 
     def _land(self, flight: _Flight | None) -> list[SequenceOutput]:
         """Wait for a step's tokens and book them. Its time counts from where the one before it
@@ -352,7 +382,7 @@ class EngineCore:
         """End it with an error. What it computed may be the reason, such as NaN, which would go
         on to whoever gets its blocks: a masked position counts 0 times its value."""
         del self.sequences[sequence.id]
-        self.runner.cache.clear(self.scheduler.discard(sequence))
+        self.runner.clear(self.scheduler.discard(sequence))
         matcher, spec = sequence.matcher, sequence.sampling.grammar
         if matcher is not None and matcher.error is not None:  # then that is why
             if self.grammars is not None and spec is not None:
@@ -363,14 +393,6 @@ class EngineCore:
     def _forget(self, sequence: Sequence) -> None:
         del self.sequences[sequence.id]
         self.scheduler.remove(sequence)
-
-
-def _needs(traffic: Traffic, scheduled: list[Scheduled], num_decodes: int) -> tuple[float, float]:
-    """Bytes and operations of a step that has not been booked yet."""
-    if num_decodes == len(scheduled):  # most steps, and short ones
-        return traffic.decode([item.sequence.num_computed + 1 for item in scheduled])
-    spans = [(item.sequence.num_computed, item.num_tokens) for item in scheduled]
-    return traffic.step(spans, sum(item.samples for item in scheduled))
 
 
 def _failure(sequence: Sequence, reason: str, *, is_grammar_error: bool = False) -> SequenceOutput:

@@ -91,7 +91,7 @@ class Guests:
         """One piece; how long it took. The guest leaves with its last."""
         began = time.monotonic()
         if self.recorder is not None:
-            self.recorder.begin([recorded_id(guest.id)])
+            self.recorder.begin_guest(recorded_id(guest.id))
         answer: Explained | None = None
         try:
             next(guest.work)
@@ -102,7 +102,7 @@ class Guests:
         except Exception as error:  # noqa: BLE001 - whatever it is, it must cost the guest only
             answer = Explained(guest.id, error=f"{type(error).__name__}: {error}")
         if self.recorder is not None:
-            self.recorder.end()
+            self.recorder.end_guest()
         seconds = time.monotonic() - began
         guest.compute_s += seconds
         if answer is not None:

@@ -26,11 +26,12 @@ class IdleRoofline:
     """`look` is to be called whenever there is no work, twice a second. A request that comes while
     one of the two halves is measured waits for it."""
 
-    def __init__(self, device: torch.device, dtype: str) -> None:
-        """`dtype` as `ModelInfo` has it."""
+    def __init__(self, device: torch.device, dtype: str, num_devices: int = 1) -> None:
+        """`dtype` as `ModelInfo` has it. `num_devices` are like `device`, and all work at once."""
+        self._num_devices = num_devices
         self.is_over = False  # measured, or given up
         self._device = device
-        self._dtype = torch.bfloat16 if dtype == "int8" else getattr(torch, dtype)
+        self._dtype = torch.bfloat16 if dtype in ("int8", "float8") else getattr(torch, dtype)
         self._quiet_since_s = self._looked_s = time.monotonic()
         self._read_bytes_per_s: float | None = None
 
@@ -55,7 +56,7 @@ class IdleRoofline:
     def _measure(self) -> Measured | None:
         """One half; both together after the second."""
         if self._read_bytes_per_s is None:
-            self._read_bytes_per_s = measure_reading(self._device, QUICK)
+            self._read_bytes_per_s = measure_reading(self._device, QUICK) * self._num_devices
             return None
         flops_per_s, _ = measure_flops(self._device, self._dtype, QUICK)
-        return Measured(self._read_bytes_per_s, flops_per_s)
+        return Measured(self._read_bytes_per_s, flops_per_s * self._num_devices)

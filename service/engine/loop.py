@@ -94,9 +94,11 @@ def serve(socket: zmq.Socket[bytes]) -> None:
     core, info = started
     from service.engine.idle import IdleRoofline
 
-    idle = (
-        IdleRoofline(core.runner.cache.keys.device, info.dtype) if config.measure_roofline else None
-    )
+    idle = None
+    # Of a CPU whose cores are shared by several ranks, nobody could say what it would mean.
+    if config.measure_roofline and (info.tensor_parallel_size == 1 or info.device != "cpu"):
+        device = core.runner.cache.keys.device
+        idle = IdleRoofline(device, info.dtype, num_devices=info.tensor_parallel_size)
     core.recorder = Recorder(_folder())
     guests = Guests(core.explain, partial(send, socket), core.recorder)
     outbox = Outbox(config.max_events_s)

@@ -33,6 +33,7 @@ class EngineConfig(msgspec.Struct, frozen=True, tag=True):
     deterministic: bool = True
     gpu_memory_utilization: float = 0.9
     overlap: bool = True
+    tensor_parallel_size: int = 1  # devices that have a part of the model each
     # (minimum, multiple) that an earlier engine of this server measured: not measured again.
     row_padding: tuple[int, int] | None = None
     # Whether to measure what the machine can do, as soon as there is nothing else to do.
@@ -93,6 +94,8 @@ class ModelInfo(msgspec.Struct, frozen=True):
     device_name: str = ""  # of a GPU
     device_uuid: str | None = None  # of a GPU, as its driver knows it
     can_watch: bool = True  # tells what tokens look at: `explain` of /generate
+    can_explain: bool = True  # POST /explain
+    tensor_parallel_size: int = 1
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -152,6 +155,7 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     # Tokens of sequences looked for in the prefix cache when they began to run, and those found.
     cache_queries: int = 0
     cache_hits: int = 0
+    memory_shortages: int = 0  # steps that did not fit the device's memory and were made smaller
 
 
 class StepRecord(msgspec.Struct, frozen=True, array_like=True):

@@ -4,7 +4,7 @@ A small file beside the socket, mapped into the engine's memory: writing costs a
 and no message, and what was written outlives the process. The API reads it when an engine
 died, so that only the sequences of the fatal step are held to account.
 
-Layout, native 8-byte integers: number of ids (0: no step runs), then the ids.
+Layout, native 8-byte integers: number of ids (0: nothing runs), then the ids.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 FILE_NAME = "step"
-MAX_IDS = 2 * 4096  # of two steps at once, with the highest --max-num-seqs
+MAX_IDS = 2 * 4096 + 1  # of two steps at once, with the highest --max-num-seqs, and a guest
 _NUMBER = struct.Struct("=q")
 
 
@@ -41,13 +41,23 @@ class Recorder:
     def __init__(self, folder: Path) -> None:
         with (folder / FILE_NAME).open("r+b") as file:
             self._map = mmap.mmap(file.fileno(), 0)
+        self._ids: Sequence[int] = ()  # of steps
 
     def begin(self, ids: Sequence[int]) -> None:
-        """These are computed from now on."""
-        self.end()  # a kill between the two writes finds no step rather than a wrong one
+        """These sequences are computed from now on; none when there are no ids."""
+        self._ids = ids
+        self._write(ids)
+
+    def begin_guest(self, guest_id: int) -> None:
+        """A guest is computed, and whatever steps are under way on the device go on."""
+        self._write([*self._ids, guest_id])
+
+    def end_guest(self) -> None:
+        """Only the steps are left."""
+        self._write(self._ids)
+
+    def _write(self, ids: Sequence[int]) -> None:
+        # A kill between the writes finds no step rather than a wrong one.
+        _NUMBER.pack_into(self._map, 0, 0)
         struct.pack_into(f"={len(ids)}q", self._map, _NUMBER.size, *ids)
         _NUMBER.pack_into(self._map, 0, len(ids))
-
-    def end(self) -> None:
-        """Nothing is computed."""
-        _NUMBER.pack_into(self._map, 0, 0)

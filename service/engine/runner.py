@@ -26,6 +26,22 @@ from service.engine.sights import NOTHING_SEEN, Sights, seen, watching
 NOTHING_SAMPLED = SampledTokens(torch.empty(0, dtype=torch.int64))
 
 
+# What libraries under torch say when they find no memory, in a plain RuntimeError.
+_NO_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "CUDA out of memory")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a step was too large, rather than wrong."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
+class RanksApartError(Exception):
+    """A step failed on this device, and other devices have parts of the same model: they may be
+    anywhere in it by now. There is no going on but with a new engine."""
+
+
 class Result(Protocol):
     """A launched step."""
 
@@ -63,6 +79,14 @@ class StepRunner(Protocol):
         """Start a forward and a draw. The time each part took is added to `profile`."""
         ...
 
+    def clear(self, blocks: list[int]) -> None:
+        """Zero these blocks of the cache."""
+        ...
+
+    def free_memory(self) -> None:
+        """Give back what is kept for later steps: this one found none."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Done:
@@ -97,6 +121,13 @@ class Runner:
     def launch(self, step: list[Scheduled], profile: StepProfile) -> Done:
         """Here launched is done."""
         return Done(*self.run(step, profile))
+
+    def clear(self, blocks: list[int]) -> None:
+        self.cache.clear(blocks)
+
+    def free_memory(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @torch.inference_mode()
     def run(self, step: list[Scheduled], profile: StepProfile) -> tuple[SampledTokens, Sights]:

@@ -11,6 +11,10 @@ When a running sequence needs a block and none is left, the running sequence tha
 in the order gives all of its blocks back and waits again (preemption by recompute). The
 first in the order always gets on, and what alone would not fit was refused at the door, so
 there is no dead end.
+
+A step that did not fit the device's memory is run again with half of its tokens, and so is what
+comes after it, for a while: `shrink`. A chunk of a prompt gets shorter by that; of sequences that
+decode, a token each, those that come last in the order are preempted.
 """
 
 from __future__ import annotations
@@ -21,6 +25,10 @@ from dataclasses import dataclass, field
 
 from service.engine.blocks import BlockPool
 from service.engine.sequence import Sequence
+
+# Steps that must fit before twice as many tokens are tried again; longer after each failure.
+FIRST_PATIENCE = 64
+MAX_PATIENCE = 2**14
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +83,11 @@ class Scheduler:
     num_preemptions: int = 0
     num_cache_queries: int = 0  # tokens looked for in the prefix cache
     num_cache_hits: int = 0  # tokens found there
+    num_shortages: int = 0  # steps that did not fit the memory
     _arrivals: int = 0
+    _ceiling: int | None = None  # tokens of a step that should fit; None: as many as the limits say
+    _num_fitting: int = 0  # steps since it was set
+    _patience: int = FIRST_PATIENCE
 
     @property
     def has_work(self) -> bool:
@@ -125,12 +137,50 @@ class Scheduler:
         self.remove(sequence)
         return blocks
 
+    @property
+    def max_tokens(self) -> int:
+        """Of a step, at the moment."""
+        most = self.limits.max_batched_tokens
+        return most if self._ceiling is None else min(most, self._ceiling)
+
+    @property
+    def max_running(self) -> int:
+        """Sequences: each must have its one token."""
+        return min(self.limits.max_num_seqs, self.max_tokens)
+
+    def shrink(self, num_tokens: int) -> bool:
+        """A step of `num_tokens` tokens did not fit the memory, and none of it was launched. Steps
+        have half as many from now on, and as many sequences at most: the others are preempted,
+        the last in the order first. False when it was one token: that is as small as steps get,
+        so it is no matter of the size."""
+        self.num_shortages += 1
+        if num_tokens <= 1:
+            self._ceiling = None
+            return False
+        if self._ceiling is not None:
+            self._patience = min(2 * self._patience, MAX_PATIENCE)
+        self._ceiling, self._num_fitting = num_tokens // 2, 0
+        while len(self.running) > self.max_running:
+            self._preempt(self.running[-1])
+        return True
+
+    def fitted(self) -> None:
+        """A step was launched. Enough of them, and larger ones are tried again."""
+        if self._ceiling is None:
+            return
+        self._num_fitting += 1
+        if self._num_fitting >= self._patience:
+            self._num_fitting = 0
+            self._ceiling *= 2
+            if self._ceiling >= self.limits.max_batched_tokens:
+                self._ceiling = None
+
     def schedule(self, prompt_tokens: int | None = None) -> list[Scheduled]:
         """Choose this step's tokens and give every chosen sequence the blocks for them.
 
         `prompt_tokens` bounds those of prompts beside decodes; alone they have the whole budget.
         """
-        budget = self.limits.max_batched_tokens
+        budget = self.max_tokens
         has_decodes = any(is_decode(sequence) for sequence in self.running)
         prompt_budget = budget if prompt_tokens is None or not has_decodes else prompt_tokens
         step: dict[int, Scheduled] = {}
@@ -159,7 +209,7 @@ class Scheduler:
         # After a preemption the pool is full: admitting now would preempt again.
         while self.waiting and min(budget, prompt_budget) > 0 and not preempted:
             sequence = self.waiting[0]
-            if len(self.running) == self.limits.max_num_seqs or not self._admit(sequence):
+            if len(self.running) >= self.max_running or not self._admit(sequence):
                 break
             count = min(sequence.num_uncomputed, budget, prompt_budget)
             self._grow(sequence, sequence.num_computed + count)

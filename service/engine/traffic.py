@@ -16,6 +16,7 @@ import torch
 from model.config import ModelConfig
 from model.kv_cache import bytes_per_block
 from model.transformer import Transformer
+from service.engine.scheduler import Scheduled
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,14 @@ class Traffic:
                 keys_read += layers * min(end, count - 1 + reach)
                 pairs += layers * (_pairs(end, reach) - _pairs(start, reach))
         return keys_read, pairs
+
+
+def needs(traffic: Traffic, scheduled: list[Scheduled]) -> tuple[float, float]:
+    """Bytes and operations of a step that has not been launched yet."""
+    if all(item.num_tokens == 1 for item in scheduled):  # most steps, and short ones
+        return traffic.decode([item.sequence.num_computed + 1 for item in scheduled])
+    spans = [(item.sequence.num_computed, item.num_tokens) for item in scheduled]
+    return traffic.step(spans, sum(item.samples for item in scheduled))
 
 
 def _pairs(num_queries: int, window: int) -> int:

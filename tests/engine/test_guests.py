@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from service.engine import guest_pace
-from service.engine.explain_messages import Explain, Explained, ExplainPart, ExplainWish
+from service.engine import guest_pace, recorder
+from service.engine.explain_messages import (
+    Explain,
+    Explained,
+    ExplainPart,
+    ExplainWish,
+    recorded_id,
+)
 from service.engine.guest_pace import RARE, SHARE, GuestPace
 from service.engine.guests import ExplainRefusedError, Guests
 
@@ -226,3 +233,26 @@ def test_there_is_room_for_one() -> None:
     lonely = Guests(None, host.sent.append)
     lonely.add(explain(3))
     assert host.sent[-1] == Explained(3, error="this engine explains nothing")
+
+
+def test_a_guest_beside_a_step_under_way_hides_neither(tmp_path: Path) -> None:
+    """On a device the next step computes while a guest's piece runs: a death then may be the
+    doing of either."""
+    recorder.create(tmp_path)
+    record = recorder.Recorder(tmp_path)
+    record.begin([5, 6])
+    seen: list[frozenset[int]] = []
+
+    def work(*_: Any) -> Generator[None, None, Explained]:
+        seen.append(recorder.read(tmp_path))
+        yield
+        return Explained(3)
+
+    guests = Guests(work, lambda _: None, record)
+    guests.add(Explain(3, [1], WISH))
+    guests.after_step(is_last=False)
+    assert seen == [frozenset({5, 6, recorded_id(3)})]
+    assert recorder.read(tmp_path) == {5, 6}, "the step goes on"
+    record.begin([])
+    guests.alone(is_wanted=lambda: False)
+    assert recorder.read(tmp_path) == frozenset()

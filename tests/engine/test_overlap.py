@@ -165,10 +165,22 @@ def test_rows_that_pad_a_bucket_change_nothing(overlap: bool) -> None:
     for buckets in ((), (4,), (16,)):
         core = make_device_core(MODEL, overlap=overlap, buckets=buckets)
         results.append(tokens_of(run_all(core, requests)))
-        cache = core.runner._backend.cache  # type: ignore[attr-defined]
+        cache = core.runner.cache
         used = cache.values.abs().sum(dim=(0, 2, 3, 4)).count_nonzero()
         assert used == 6  # two blocks of eight for eleven tokens of each
     assert results[0] == results[1] == results[2]
+
+
+def test_log_probabilities_of_all_rows_of_a_bucket_take_one_launch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Three rows that all ask, in a bucket of four: no row more is looked at."""
+    core = make_device_core(MODEL, buckets=(4,))
+    log = watch(core, monkeypatch)
+    requests = [submit(i, [i, 2, 3], max_tokens=5, seed=i, ignore_eos=True) for i in range(1, 4)]
+    results = run_all(core, requests)
+    assert log.count("launch") == 5, "and not in halves, after an error that nobody sees"
+    assert all(len(result.logprobs) == 5 for result in results.values())
 
 
 def test_an_exception_costs_only_the_sequence_that_causes_it(

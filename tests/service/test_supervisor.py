@@ -269,5 +269,5 @@ def test_the_recorder_outlives_its_process(tmp_path: Path) -> None:
     assert recorder.read(tmp_path) == {7}
     step.begin(range(recorder.MAX_IDS))
     assert len(recorder.read(tmp_path)) == recorder.MAX_IDS
-    step.end()
+    step.begin([])
     assert recorder.read(tmp_path) == frozenset()

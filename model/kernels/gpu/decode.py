@@ -215,6 +215,7 @@ def decode_attention(
         width=width,
         num_warps=4,
         num_stages=3,
+        enable_fp_fusion=True,
     )
     if not is_whole:
         _combine_kernel[(num_seqs, num_heads)](
@@ -230,6 +231,7 @@ def decode_attention(
             split_tokens=splits.tokens,
             width=width,
             num_warps=2,
+            enable_fp_fusion=True,
         )
 
 

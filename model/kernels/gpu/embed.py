@@ -62,6 +62,7 @@ def embed(
         hidden_size,
         has_positions=position_table is not None,
         width=width,
+        enable_fp_fusion=True,
     )
     return out
 

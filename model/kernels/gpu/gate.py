@@ -29,7 +29,9 @@ def silu_mul(gate_up: Float[Tensor, "rows twice_size"]) -> Float[Tensor, "rows s
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(rows, size, dtype=gate_up.dtype, device=gate_up.device)
     width = min(1024, triton.next_power_of_2(size))
-    _silu_mul_kernel[(rows, triton.cdiv(size, width))](gate_up, out, size, width=width)
+    _silu_mul_kernel[(rows, triton.cdiv(size, width))](
+        gate_up, out, size, width=width, enable_fp_fusion=True
+    )
     return out
 
 

@@ -73,6 +73,7 @@ def add_norm(
         is_layernorm=bias is not None,
         width=width,
         num_warps=min(16, max(1, width // 512)),
+        enable_fp_fusion=True,
     )
     return normed
 

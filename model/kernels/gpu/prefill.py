@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 from jaxtyping import Float, Int
@@ -19,8 +20,11 @@ from torch import Tensor
 from model.kernels.gpu.decode import attend_twin
 from model.kernels.gpu.tile import fold_tile
 
-TILE = 64  # keys of one product
 ROWS = 64  # of one product
+# `tile` is keys of one product. Chosen by what the compiler makes of them (ahead.py): more would
+# spill registers by the kilobyte, or not fit the shared memory of an A100.
+HALF = {"tile": 64, "num_warps": 4, "num_stages": 2}
+FLOAT32 = {"tile": 32, "num_warps": 8, "num_stages": 2}
 
 
 def queries_per_tile(num_heads: int, num_kv_heads: int) -> int:
@@ -139,10 +143,9 @@ def prefill_attention(
         num_queries=queries_per_tile(num_heads, num_kv_heads),
         has_window=window is not None,
         rows=max(ROWS, triton.next_power_of_2(group)),
-        tile=TILE,
         width=max(16, triton.next_power_of_2(head_dim)),
-        num_warps=4,
-        num_stages=2,
+        enable_fp_fusion=True,
+        **(FLOAT32 if queries.dtype == torch.float32 else HALF),
     )
 
 

@@ -85,6 +85,7 @@ def fixed_product(
         group=GROUP,
         num_warps=4,
         num_stages=4,
+        enable_fp_fusion=True,
     )
     return out
 

@@ -137,6 +137,7 @@ def rotary_write(
         has_rotary=tables is not None,
         heads=HEADS,
         width=triton.next_power_of_2(head_dim),
+        enable_fp_fusion=True,
     )
     return queries
 

@@ -23,8 +23,8 @@ from tests.engine.engines import TINY, TINY_GPT2, random_model
 
 CONFIGS = {
     "llama": replace(TINY, vocab_size=212),
-    "qwen3": replace(TINY, vocab_size=212, qk_norm=True, tie_embeddings=True),
-    "gpt2": replace(TINY_GPT2, vocab_size=212, num_heads=4, num_kv_heads=4),
+    "qwen3": replace(TINY, vocab_size=211, qk_norm=True, tie_embeddings=True),
+    "gpt2": replace(TINY_GPT2, vocab_size=211, num_heads=4, num_kv_heads=4),
 }
 PROMPT = [5, 3, 200, 17, 8, 99]
 
@@ -93,7 +93,10 @@ def test_a_part_has_its_share_of_the_weights_and_the_cache() -> None:
 
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [({"num_kv_heads": 3}, "num_kv_heads 3"), ({"vocab_size": 211}, "vocab_size 211")],
+    [
+        ({"num_kv_heads": 3}, "num_kv_heads 3"),
+        ({"intermediate_size": 81}, "intermediate_size 81"),
+    ],
 )
 def test_what_cannot_be_cut_is_refused(change: dict[str, int], reason: str) -> None:
     with pytest.raises(ConfigError, match=f"{reason} cannot be cut into 2 parts"):
