@@ -20,6 +20,7 @@ class Sample:
     route: str
     due_ns: int
     sent_ns: int
+    connect_ns: int = 0  # of making a connection for it; 0: there was one
     id: str = ""
     status: int = 0
     first_ns: int | None = None  # its first token was here
@@ -38,6 +39,13 @@ class Sample:
     def ttft_s(self) -> float | None:
         """From when it was due to its first token."""
         return None if self.first_ns is None else (self.first_ns - self.due_ns) / 1e9
+
+    @property
+    def answered_s(self) -> float | None:
+        """The same from when its bytes could be sent: what a server can know of."""
+        if self.first_ns is None:
+            return None
+        return (self.first_ns - self.sent_ns - self.connect_ns) / 1e9
 
     @property
     def tpot_s(self) -> float | None:

@@ -23,7 +23,8 @@ from service.engine.traffic import Traffic
 @dataclass(frozen=True, slots=True)
 class Result:
     """One run in numbers, or the medians of several. None: the workload has no such thing
-    (no gap in outputs of one token, no step without a prompt)."""
+    (no gap in outputs of one token, no step without a prompt). Of a closed loop,
+    output_tokens_per_s and requests' times are of when all users were at it (`Run.steady_s`)."""
 
     generated_tokens: float
     prompt_tokens: float
@@ -83,19 +84,22 @@ class Measurement:
         return cls(workload, Result(**medians), tuple(repeats))
 
 
-def summarize(run: Run, traffic: Traffic, roofline: Roofline) -> Result:
+def summarize(run: Run, workload: Workload, traffic: Traffic, roofline: Roofline) -> Result:
     """The numbers of one run."""
+    begin_s, end_s = run.steady_s(workload.batch) if workload.is_closed else (0.0, run.elapsed_s)
+    counted = [r for r in run.requests if begin_s <= r.arrives_s <= end_s]
+    within = sum(begin_s <= at <= end_s for r in run.requests for at in r.token_times_s)
     decodes = [step for step in run.steps if step.is_decode]
     generated = sum(len(request.token_times_s) for request in run.requests)
     parts = {
-        "ttft": [r.token_times_s[0] - r.arrives_s for r in run.requests],
-        "itl": [gap for r in run.requests for gap in _gaps(r.token_times_s)],
+        "ttft": [r.token_times_s[0] - r.arrives_s for r in counted],
+        "itl": [gap for r in counted for gap in _gaps(r.token_times_s)],
         "tpot": [
             (r.token_times_s[-1] - r.token_times_s[0]) / (len(r.token_times_s) - 1)
-            for r in run.requests
+            for r in counted
             if len(r.token_times_s) > 1
         ],
-        "e2el": [r.token_times_s[-1] - r.arrives_s for r in run.requests],
+        "e2el": [r.token_times_s[-1] - r.arrives_s for r in counted],
     }
     percentiles: dict[str, Any] = {
         f"{name}_p{percent}_s": _percentile(values, percent)
@@ -110,7 +114,7 @@ def summarize(run: Run, traffic: Traffic, roofline: Roofline) -> Result:
         generated_tokens=generated,
         prompt_tokens=sum(request.prompt_len for request in run.requests),
         elapsed_s=run.elapsed_s,
-        output_tokens_per_s=generated / run.elapsed_s,
+        output_tokens_per_s=within / (end_s - begin_s),
         peak_blocks=max(step.profile.referenced_blocks for step in run.steps),
         preemptions=run.preemptions,
         cached_prompt_tokens=sum(request.cached_prompt_tokens for request in run.requests),
