@@ -19,8 +19,8 @@ class Sample:
 
     route: str
     due_ns: int
-    sent_ns: int
-    connect_ns: int = 0  # of making a connection for it; 0: there was one
+    sent_ns: int  # it had its connection
+    connect_ns: int = 0  # that took so long to make; 0: it was there
     id: str = ""
     status: int = 0
     first_ns: int | None = None  # its first token was here
@@ -43,9 +43,7 @@ class Sample:
     @property
     def answered_s(self) -> float | None:
         """The same from when its bytes could be sent: what a server can know of."""
-        if self.first_ns is None:
-            return None
-        return (self.first_ns - self.sent_ns - self.connect_ns) / 1e9
+        return None if self.first_ns is None else (self.first_ns - self.sent_ns) / 1e9
 
     @property
     def tpot_s(self) -> float | None:

@@ -31,7 +31,7 @@ from locust import FastHttpUser, events, task
 from locust.env import Environment
 from locust.exception import StopUser
 
-from loadtests.load.connections import time_connecting
+from loadtests.load.connections import time_connections
 from loadtests.load.events import END, parse
 from loadtests.load.integrity import ChatStream, Expected, GenerateStream, Received
 from loadtests.load.options import lengths_of, samples_folder
@@ -57,8 +57,8 @@ class StreamUser(FastHttpUser):
         self.rng = random.Random(f"{options.load_seed} {next(_numbers)}")
         self.key = {"authorization": f"Bearer {options.api_key}"} if options.api_key else {}
         self.is_prepared = False
-        self.connecting_ns: dict[gevent.Greenlet, int] = {}  # by the greenlet that waited
-        time_connecting(self.client, self._connected)
+        self.sending: dict[gevent.Greenlet, Sample] = {}  # by the greenlet that sends it
+        time_connections(self.client, self._connected)
 
     @task
     def load(self) -> None:
@@ -106,7 +106,7 @@ class StreamUser(FastHttpUser):
     ) -> Received:
         """POST and read to the end; every figure is reported on the way."""
         sample = Sample(self.path, due_ns, time.monotonic_ns())
-        self.connecting_ns.pop(gevent.getcurrent(), None)
+        self.sending[gevent.getcurrent()] = sample
         try:
             with self.client.post(
                 self.path,
@@ -116,7 +116,6 @@ class StreamUser(FastHttpUser):
                 stream=True,
                 catch_response=True,
             ) as response:
-                sample.connect_ns = self.connecting_ns.pop(gevent.getcurrent(), 0)
                 sample.status = response.status_code
                 failure = self._read_events(response, stream, sample)
                 response.request_meta["response_time"] = _ms(time.monotonic_ns() - due_ns)
@@ -129,6 +128,7 @@ class StreamUser(FastHttpUser):
             sample.was_cut = True
             raise
         finally:
+            self.sending.pop(gevent.getcurrent(), None)
             self._book(sample, stream.received)
         return stream.received
 
@@ -174,9 +174,11 @@ class StreamUser(FastHttpUser):
         if (file := _files.get(self.environment)) is not None:
             file.write(sample)
 
-    def _connected(self, took_ns: int) -> None:
-        self.connecting_ns[gevent.getcurrent()] = took_ns
-        self.fire("CONNECT", _ms(took_ns))
+    def _connected(self, now_ns: int, took_ns: int) -> None:
+        if took_ns:
+            self.fire("CONNECT", _ms(took_ns))
+        if (sample := self.sending.get(gevent.getcurrent())) is not None:
+            sample.sent_ns, sample.connect_ns = now_ns, took_ns
 
     def fire(self, kind: str, value: float) -> None:
         """A Locust event of its own: it has a row, percentiles and a place in the CSV."""

@@ -32,15 +32,19 @@ class Result:
     decode_tokens_per_s: float | None  # over the steps that only decode
     output_tokens_per_s: float  # from the first arrival to the last token
     prefill_tokens_per_s: float | None  # prompt tokens computed, over the steps with any
+    ttft_mean_s: float | None
     ttft_p50_s: float | None
     ttft_p90_s: float | None
     ttft_p99_s: float | None
+    itl_mean_s: float | None
     itl_p50_s: float | None
     itl_p90_s: float | None
     itl_p99_s: float | None
+    tpot_mean_s: float | None
     tpot_p50_s: float | None
     tpot_p90_s: float | None
     tpot_p99_s: float | None
+    e2el_mean_s: float | None
     e2el_p50_s: float | None
     e2el_p90_s: float | None
     e2el_p99_s: float | None
@@ -105,6 +109,9 @@ def summarize(run: Run, workload: Workload, traffic: Traffic, roofline: Roofline
         f"{name}_p{percent}_s": _percentile(values, percent)
         for name, values in parts.items()
         for percent in (50, 90, 99)
+    } | {
+        f"{name}_mean_s": statistics.fmean(values) if values else None
+        for name, values in parts.items()
     }
     times: dict[str, Any] = {
         f"{name}_s": _median([getattr(step.profile, f"{name}_s") for step in decodes])

@@ -144,10 +144,10 @@ def _check(settings: BenchSettings) -> None:
         raise SettingsError("--concurrency says when requests come: no --batch and no --rate")
     else:
         _check_users(settings.concurrency, settings.num_requests)
-    if max(settings.sizes) > settings.max_num_seqs:
-        name = "--batch" if settings.concurrency is None else "--concurrency"
+    # More users than that wait for their turn, as at a server.
+    if settings.concurrency is None and max(settings.batch) > settings.max_num_seqs:
         raise SettingsError(
-            f"{name} {max(settings.sizes)} is above --max-num-seqs {settings.max_num_seqs}"
+            f"--batch {max(settings.batch)} is above --max-num-seqs {settings.max_num_seqs}"
         )
     if settings.json_file is not None and not settings.json_file.absolute().parent.is_dir():
         raise SettingsError(f"--json {settings.json_file}: there is no such directory")
