@@ -113,11 +113,10 @@ def _measured(given: argparse.Namespace, console: Console) -> list[Run]:
             plans.append((subject, steps_of(subject, mode)))
     every = [step for _, steps in plans for step in steps.values()]
     total = sum(step.weight_s for step in every)
-    left = [step for step in every if step.kept(given.out / "steps") is None]
-    left_s = sum(step.weight_s for step in left)
+    left = [left_s for step in every if (left_s := step.left_s(given.out / "steps"))]
     console.print(
         f"{mode.name}: {', '.join(subject.name for subject, _ in plans)}; {len(left)} of "
-        f"{len(every)} steps to do, about {max(1, round(left_s / 60))} min",
+        f"{len(every)} steps to do, about {max(1, round(sum(left) / 60))} min",
         markup=False,
         highlight=False,
     )

@@ -148,14 +148,17 @@ def test_an_interrupted_step_goes_on_where_it_was(tmp_path: Path) -> None:
         return one + doing.part("second", int, lambda: part("second", 2))
 
     def step(key: dict[str, object]) -> Step[int]:
-        return Step("thing", key, int, make, 1.0)
+        return Step("thing", key, int, make, 10.0, num_parts=2)
 
     def quiet(_: str) -> None:
         """Nobody watches."""
 
     with pytest.raises(KeyboardInterrupt):
         step({"a": 1}).result(tmp_path, quiet, {})
+    assert step({"a": 1}).left_s(tmp_path) == 5.0
+    assert step({"a": 2}).left_s(tmp_path) == 10.0
     assert step({"a": 1}).result(tmp_path, quiet, {}) == 3
+    assert step({"a": 1}).left_s(tmp_path) == 0.0
     assert made == ["first", "second", "second"]
     assert step({"a": 1}).result(tmp_path, quiet, {}) == 3
     assert len(made) == 3
