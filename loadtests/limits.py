@@ -68,8 +68,9 @@ def bench(given: argparse.Namespace, value: float) -> Measured:
         command += ["--think-s", "0.05", "--warmup", "0", "--repeat", "1", "--json", str(path)]
         command += [*given.engine.split(), f"--{given.limit}", f"{value:g}"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        (measured,) = json.loads(path.read_text())["measurements"]
-    return {name: measured["median"][name] for name in KEPT}
+        said = json.loads(path.read_text())
+    (measured,) = said["measurements"]
+    return {name: measured["median"][name] for name in KEPT} | {"threads": said["model"]["threads"]}
 
 
 def table(limit: str, found: dict[str, list[Measured]]) -> Table:
