@@ -29,7 +29,7 @@ from model.families.published import PUBLISHED
 from model.sampling_params import SamplingParams
 from service.bench.measure import Run, drive
 from service.bench.random_weights import start_random_engine
-from service.bench.workload import Arrival
+from service.bench.workload import Arrival, OpenLoop
 from service.engine.core import EngineCore
 from service.engine.messages import EngineConfig, Submit
 from service.engine.start import start_engine
@@ -94,11 +94,12 @@ def measure_case(case: Case, is_dry: bool) -> Json:
     loaded = time.monotonic()
     vocab_size = core.runner.config.vocab_size
     warm = requests_of(case, vocab_size, -1)[:8]
-    drive(core, warm, len(warm))
+    drive(core, OpenLoop(warm, len(warm)))
     rates, steps = [], []
     while len(rates) < 3:
         started = time.monotonic()
-        run = drive(core, requests_of(case, vocab_size, len(rates)), case.num_requests)
+        requests = requests_of(case, vocab_size, len(rates))
+        run = drive(core, OpenLoop(requests, case.num_requests))
         rates.append(rate_of(case, run))
         steps += [s.profile for s in run.steps if s.is_decode]
         took = time.monotonic() - started

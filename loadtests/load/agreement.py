@@ -1,12 +1,21 @@
 """Do three clocks tell the same time? Locust, the server's own histograms, and `vitrine bench`.
 
-    python -m loadtests.load.agreement --users 16 --seconds 30
+    python -m loadtests.load.agreement --rounds 3 --seconds 20
 
-Starts a server (or takes --url, without the comparison with the bench, which needs the machine for
-itself), runs Locust, and compares the means of its histograms over the run (sum and count are
-exact, buckets are not) with those of the raw samples: within --within of each other, 5 percent.
-Then the same model, lengths and number of sequences in `vitrine bench`: tokens/s, prefill and all,
-within 10 percent; where client and server share the engine's cores, that is what HTTP costs.
+All three see the same closed loop: so many users, each of whom asks, reads to the end, thinks for a
+moment and asks again, prompts of random ids, all of the same lengths; and the engine has as many
+threads in the server as in the bench, on cores that nothing else runs on: --threads of them, one by
+default, so that on two cores the API process and the client share the other one. Every token is an
+event of its own here (--max-events-s), as the bench sees every token.
+
+- Server: means of its histograms over the run (sum and count are exact, buckets are not) beside
+  those of Locust's raw samples, within --within, 5 percent.
+- Bench: tokens/s, time to first token and percentiles of the time between tokens, in the steady
+  state of both, within --bench-within, 10 percent.
+
+Locust and bench run in turns; a difference is the median of the rounds' own, because a machine's
+speed changes more from one minute to the next than between the two. With --url there is no bench,
+which needs the machine for itself. Status 1 when a bound is missed.
 """
 
 from __future__ import annotations
@@ -14,39 +23,62 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
 import subprocess
 import sys
 import tempfile
 import urllib.request
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from loadtests.faults.common import add_server_arguments, target
-from loadtests.load.run import Plan, run
+from loadtests.faults.common import Target, add_server_arguments, target
+from loadtests.load.run import Plan, Ran, run
 from loadtests.load.samples import Sample
 from loadtests.load.statistics import percentile
 
 SAMPLE = re.compile(r"^(\w+?)_(sum|count)(?:\{(.*)\})? (\S+)$")
+WARM_S = 3
+DRAIN_S = 60  # streams in flight at the end may end: the server's histograms know them all
 
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """One quantity as the client and the server saw it."""
+    """One quantity as Locust and another saw it, in milliseconds if it is a time."""
 
     what: str
-    client: float
-    server: float
-    unit: str = "ms"
+    locust: float
+    other: float
 
     @property
     def difference(self) -> float:
-        """Of the client's from the server's, relative."""
-        return self.client / self.server - 1 if self.server else math.inf
+        """Of Locust's from the other's, relative."""
+        return self.locust / self.other - 1 if self.other else math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The medians of all rounds, and of their differences."""
+
+    beside: str
+    what: str
+    locust: float
+    other: float
+    difference: float
+    bound: float
+
+    @property
+    def is_kept(self) -> bool:
+        """The bound is."""
+        return abs(self.difference) <= self.bound
 
 
 def histograms(exposition: str) -> dict[str, tuple[float, float]]:
@@ -60,41 +92,56 @@ def histograms(exposition: str) -> dict[str, tuple[float, float]]:
     return {name: (parts["sum"], parts["count"]) for name, parts in found.items()}
 
 
-def compare(
+def beside_server(
     before: dict[str, tuple[float, float]],
     after: dict[str, tuple[float, float]],
     samples: Sequence[Sample],
 ) -> list[Compared]:
     """Means over the same requests: the run is over, and every one of them has ended."""
-    gaps = [gap for one in samples for gap in _token_gaps(one)]
     client = {
-        "vitrine_time_to_first_token_seconds": [one.ttft_s for one in samples],
-        "vitrine_inter_token_latency_seconds": gaps,
+        "vitrine_time_to_first_token_seconds": [one.answered_s for one in samples],
+        "vitrine_inter_token_latency_seconds": [gap for one in samples for gap in _gaps(one)],
         "vitrine_time_per_output_token_seconds": [one.tpot_s for one in samples],
         "vitrine_request_duration_seconds": [one.e2el_s for one in samples],
     }
     compared = []
     for name, values in client.items():
         known = [value for value in values if value is not None]
-        total = after.get(name, (0.0, 0.0))[0] - before.get(name, (0.0, 0.0))[0]
-        count = after.get(name, (0.0, 0.0))[1] - before.get(name, (0.0, 0.0))[1]
+        total, count = (after.get(name, (0, 0))[i] - before.get(name, (0, 0))[i] for i in (0, 1))
         if not count or not known:
-            continue
+            raise SystemExit(f"/metrics has nothing new in {name}")
         what = name.removeprefix("vitrine_").removesuffix("_seconds").replace("_", " ")
         mean = math.fsum(known) / len(known)
         compared.append(Compared(f"{what}, mean", 1e3 * mean, 1e3 * total / count))
-        compared.append(Compared(f"{what}, count", len(known), count, ""))
+        compared.append(Compared(f"{what}, count", len(known), count))
     return compared
 
 
-def _token_gaps(sample: Sample) -> list[float]:
-    """A gap for each token, as the server counts them: those of one event came together for the
-    reader, so that each takes its share of the pause before."""
+def _gaps(sample: Sample) -> list[float]:
+    """A gap for each token, as server and bench count them: those of one event came together for
+    the reader, so that each takes its share of the pause before."""
     return [
         gap / count
         for gap, count in zip(sample.gaps_s, sample.counts[1:], strict=True)
         for _ in range(count)
     ]
+
+
+def beside_bench(ran: Ran, alone: dict[str, float]) -> list[Compared]:
+    """The steady states of both. `alone`: a result of `vitrine bench`."""
+    begin_ns, end_ns = ran.window_ns
+    samples = [one for one in ran.samples if begin_ns <= one.due_ns < end_ns]
+    waits = [one.answered_s for one in samples if one.answered_s is not None]
+    gaps = [gap for one in samples for gap in _gaps(one)]
+    compared = [Compared("tokens/s", ran.point().tokens_per_s, alone["output_tokens_per_s"])]
+    # Percentiles of waits that are counted in chunks jump by a whole step; the mean does not.
+    mean_s = math.fsum(waits) / len(waits)
+    compared.append(Compared("time to first token, mean", 1e3 * mean_s, 1e3 * alone["ttft_mean_s"]))
+    for percent in (50, 99):
+        seen = 1e3 * (percentile(gaps, percent) or math.nan)
+        known = 1e3 * alone[f"itl_p{percent}_s"]
+        compared.append(Compared(f"inter token latency, p{percent}", seen, known))
+    return compared
 
 
 def scrape(url: str) -> dict[str, tuple[float, float]]:
@@ -104,6 +151,141 @@ def scrape(url: str) -> dict[str, tuple[float, float]]:
 
 
 def main() -> int:
+    given = _arguments()
+    engine = ["--threads", str(given.threads), "--dtype", given.dtype]
+    engine += [] if given.model is None else ["--model", given.model]
+    plan = Plan(
+        given.seconds,
+        users=given.users,
+        prompt_len=given.prompt_len,
+        output_len=given.output_len,
+        think_s=given.think_s,
+        drain_s=DRAIN_S,
+    )
+    server_rounds, bench_rounds = list[list[Compared]](), list[list[Compared]]()
+    engine_cores, others = _shares(given)
+    with _on(others), target(given, *engine, "--max-events-s", "1e9") as server:
+        _move_engine(server, engine_cores)
+        run(server.url, Plan(WARM_S, users=given.users, output_len=16, prompt_len=16))
+        for number in range(given.rounds):
+            before = scrape(server.url)
+            ran = run(server.url, plan)
+            whole = [one for one in ran.samples if not one.was_cut]
+            server_rounds.append(beside_server(before, scrape(server.url), whole))
+            if given.url is None:
+                with _on(engine_cores):
+                    alone = _bench(given, engine, len(whole))
+                bench_rounds.append(beside_bench(ran, alone))
+            print(f"round {number + 1}: {len(whole)} requests", flush=True)
+    verdicts = _verdicts("server", server_rounds, given.within)
+    verdicts += _verdicts("bench", bench_rounds, given.bench_within)
+    Console(width=100).print(_table(verdicts))
+    if given.out is not None:
+        _write(given, verdicts, {"server": server_rounds, "bench": bench_rounds})
+    return 0 if all(one.is_kept for one in verdicts) else 1
+
+
+def _shares(given: argparse.Namespace) -> tuple[set[int], set[int]]:
+    """The engine's cores, and everybody else's."""
+    cores = sorted(os.sched_getaffinity(0))
+    if given.url is not None:
+        return set(cores), set(cores)
+    if len(cores) <= given.threads:
+        raise SystemExit(f"{len(cores)} cores: the engine's {given.threads} and one for the client")
+    return set(cores[: given.threads]), set(cores[given.threads :])
+
+
+@contextmanager
+def _on(cores: set[int]) -> Iterator[None]:
+    """What is started meanwhile runs there."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def _move_engine(server: Target, cores: set[int]) -> None:
+    """The thread that computes; its others, of messages and clocks, stay where the API is, as the
+    bench has none of them. Of several that compute, the others may run anywhere."""
+    engine = None if server.api is None else server.engine()
+    if engine is None:
+        return
+    for thread in engine.threads() if len(cores) > 1 else ():
+        os.sched_setaffinity(thread.id, cores | os.sched_getaffinity(0))
+    os.sched_setaffinity(engine.pid, cores)
+
+
+def _bench(given: argparse.Namespace, engine: list[str], num_requests: int) -> dict[str, float]:
+    """The same users without HTTP."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "bench.json"
+        command = [sys.executable, "-m", "service", "bench", *engine]
+        command += ["--concurrency", str(given.users), "--think-s", str(given.think_s)]
+        command += ["--prompt-len", str(given.prompt_len), "--output-len", str(given.output_len)]
+        command += ["--num-requests", str(max(num_requests, 4 * given.users))]
+        command += ["--warmup", "0", "--repeat", "1", "--json", str(path)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        (measured,) = json.loads(path.read_text())["measurements"]
+    alone: dict[str, float] = measured["median"]
+    return alone
+
+
+def _verdicts(beside: str, rounds: Sequence[Sequence[Compared]], bound: float) -> list[Verdict]:
+    """A verdict for each quantity."""
+    return [
+        Verdict(
+            beside,
+            same[0].what,
+            median(one.locust for one in same),
+            median(one.other for one in same),
+            median(one.difference for one in same),
+            bound,
+        )
+        for same in zip(*rounds, strict=True)
+    ]
+
+
+def _table(verdicts: Sequence[Verdict]) -> Table:
+    table = Table(title="Locust beside the server's histograms and `vitrine bench`; times in ms")
+    table.add_column("beside")
+    table.add_column("what")
+    for name in ("Locust", "other", "difference", "bound", "verdict"):
+        table.add_column(name, justify="right")
+    for one in verdicts:
+        is_time = not one.what.endswith(("count", "tokens/s"))
+        cells = (f"{value:,.{3 if is_time else 0}f}" for value in (one.locust, one.other))
+        verdict = "[green]kept[/]" if one.is_kept else "[bold red]missed[/]"
+        numbers = (*cells, f"{one.difference:+.1%}", f"{one.bound:.0%}", verdict)
+        table.add_row(one.beside, one.what, *numbers)
+    return table
+
+
+def _write(
+    given: argparse.Namespace,
+    verdicts: Sequence[Verdict],
+    rounds: dict[str, list[list[Compared]]],
+) -> None:
+    settings: dict[str, Any] = {
+        name: getattr(given, name)
+        for name in ("model", "dtype", "threads", "users", "think_s", "seconds", "rounds")
+    }
+    settings |= {"prompt_len": given.prompt_len, "output_len": given.output_len}
+    content = {
+        "date": datetime.now(UTC).isoformat(timespec="minutes"),
+        "settings": settings,
+        "verdicts": [asdict(one) | {"is_kept": one.is_kept} for one in verdicts],
+        "rounds": {
+            beside: [[asdict(one) for one in compared] for compared in every]
+            for beside, every in rounds.items()
+        },
+    }
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m loadtests.load.agreement",
         description=__doc__,
@@ -111,72 +293,17 @@ def main() -> int:
     )
     add_server_arguments(parser)
     parser.add_argument("--model", help="of server and bench; without it, the bundled one")
-    parser.add_argument("--threads", type=int, help="of the engine; without it, torch's choice")
-    parser.add_argument("--users", type=int, default=16, help="streams at the same time")
-    parser.add_argument("--seconds", type=int, default=30)
-    parser.add_argument("--prompt-len", type=int, default=64)
+    parser.add_argument("--dtype", default="float32", help="of both")
+    parser.add_argument("--threads", type=int, default=1, help="of the engine")
+    parser.add_argument("--users", type=int, default=8, help="streams at the same time")
+    parser.add_argument("--think-s", type=float, default=0.05, help="mean pause of a user")
+    parser.add_argument("--seconds", type=int, default=20, help="of Locust in a round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompt-len", type=int, default=256)
     parser.add_argument("--output-len", type=int, default=128)
     parser.add_argument("--within", type=float, default=0.05, help="of the server's histograms")
     parser.add_argument("--bench-within", type=float, default=0.10, help="of `vitrine bench`")
-    given = parser.parse_args()
-    model = [] if given.model is None else ["--model", given.model]
-    model += [] if given.threads is None else ["--threads", str(given.threads)]
-    # Streams in flight at the end may end: the server's histograms know them all.
-    plan = Plan(
-        given.seconds,
-        users=given.users,
-        prompt_len=given.prompt_len,
-        output_len=given.output_len,
-        drain_s=60,
-    )
-    with target(given, *model) as server:
-        run(server.url, Plan(3, users=given.users, output_len=16, prompt_len=16))  # warm
-        before = scrape(server.url)
-        ran = run(server.url, plan)
-        after = scrape(server.url)
-    whole = [one for one in ran.samples if not one.was_cut]
-    compared = compare(before, after, whole)
-    if not compared:
-        raise SystemExit("the server has no histograms of its latencies in /metrics")
-    if given.url is None:
-        compared.append(_bench(given, model, ran.point().tokens_per_s))
-    ok = [abs(one.difference) <= _limit(one, given) for one in compared]
-    Console(width=100).print(_table(compared, ok))
-    if given.out is not None:
-        rows = [{"what": one.what, "client": one.client, "server": one.server} for one in compared]
-        given.out.write_text(json.dumps(rows, indent=1) + "\n")
-    return 0 if all(ok) else 1
-
-
-def _limit(one: Compared, given: argparse.Namespace) -> float:
-    limit: float = given.bench_within if "bench" in one.what else given.within
-    return limit
-
-
-def _bench(given: argparse.Namespace, model: list[str], tokens_per_s: float) -> Compared:
-    """End-to-end tokens/s of the engine alone, prefill included, on as many sequences."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "bench.json"
-        lengths = ("--prompt-len", str(given.prompt_len), "--output-len", str(given.output_len))
-        load = ("--batch", str(given.users), "--num-requests", str(4 * given.users))
-        command = [sys.executable, "-m", "service", "bench", *model, *lengths, *load]
-        subprocess.run([*command, "--json", str(path)], check=True, stdout=subprocess.DEVNULL)
-        (measured,) = json.loads(path.read_text())["measurements"]
-    alone = percentile([one["output_tokens_per_s"] for one in measured["repeats"]], 50) or 0.0
-    return Compared("tokens/s, and of vitrine bench", tokens_per_s, alone, "")
-
-
-def _table(compared: Sequence[Compared], ok: Sequence[bool]) -> Table:
-    table = Table()
-    table.add_column("what")
-    for name in ("Locust", "server", "difference"):
-        table.add_column(name, justify="right")
-    for one, is_ok in zip(compared, ok, strict=True):
-        digits = 3 if one.unit else 0
-        cells = (f"{value:,.{digits}f} {one.unit}" for value in (one.client, one.server))
-        colour = "green" if is_ok else "bold red"
-        table.add_row(one.what, *cells, f"[{colour}]{one.difference:+.1%}[/]")
-    return table
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """Goodput: the highest rate of arrivals at which 99 percent of the requests meet the SLO.
 
-    python -m loadtests.load.goodput --url http://127.0.0.1:8000 --ttft-ms 500 --tpot-ms 50
+    python -m loadtests.load.goodput --ttft-ms 500 --tpot-ms 50
+    python -m loadtests.load.goodput --url http://127.0.0.1:8000 --probe-s 60
 
 Open loop: requests come at random moments whether or not the server keeps up. The limits are each
 request's time to first token and its mean time of a token after that; a request that fails, is
-refused or does not end in time meets neither.
+refused or does not end in time meets neither. Without --url a server of the bundled model (or
+--model) is started.
 """
 
 from __future__ import annotations
@@ -14,11 +16,12 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from datetime import UTC, datetime
 
 from rich.console import Console
 from rich.table import Table
 
+from loadtests.faults.common import add_server_arguments, target
 from loadtests.load.run import Plan, run
 from loadtests.load.statistics import Point, Slo
 from loadtests.load.workloads import KINDS
@@ -26,6 +29,7 @@ from loadtests.load.workloads import KINDS
 NEEDED_SHARE = 0.99
 FACTOR = 2.0
 DRAIN_S = 20
+WARM_S = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +74,8 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--url", required=True)
+    add_server_arguments(parser)
+    parser.add_argument("--model", help="of the server that is started; else the bundled one")
     parser.add_argument("--ttft-ms", type=float, default=500.0)
     parser.add_argument("--tpot-ms", type=float, default=50.0)
     parser.add_argument("--workload", choices=KINDS, default="mixed")
@@ -81,11 +86,16 @@ def main() -> int:
     parser.add_argument("--tolerance", type=float, default=0.1, help="of the rate, relative")
     parser.add_argument("--max-probes", type=int, default=12)
     parser.add_argument("--processes", type=int, default=1, help="of the client")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="every try as JSON")
     given = parser.parse_args()
+    model = [] if given.model is None else ["--model", given.model]
+    with target(given, *model) as server:
+        return _find(server.url, given)
+
+
+def _find(url: str, given: argparse.Namespace) -> int:
     slo = Slo(given.ttft_ms / 1e3, given.tpot_ms / 1e3)
     console, tried = Console(), list[tuple[float, Point]]()
+    run(url, Plan(WARM_S, users=8, prompt_len=16, output_len=16, drain_s=DRAIN_S))
 
     def share_at(rate: float) -> float:
         plan = Plan(
@@ -96,9 +106,9 @@ def main() -> int:
             prompt_len=given.prompt_len,
             output_len=given.output_len,
             processes=given.processes,
-            seed=given.seed + len(tried),
+            seed=(given.seed or 0) + len(tried),
         )
-        point = run(given.url, plan).point(slo)
+        point = run(url, plan).point(slo)
         tried.append((rate, point))
         share = point.slo_share or 0.0
         console.print(f"{rate:8.2f} requests/s: {share:6.1%} of {point.requests} met the SLO")
@@ -108,6 +118,11 @@ def main() -> int:
     console.print(_table(tried, slo))
     if given.out is not None:
         content = {
+            "date": datetime.now(UTC).isoformat(timespec="minutes"),
+            "settings": {
+                name: getattr(given, name)
+                for name in ("model", "serve", "workload", "prompt_len", "output_len", "probe_s")
+            },
             "slo": asdict(slo),
             "found": asdict(found),
             "tried": [{"rate": rate, **asdict(point)} for rate, point in tried],

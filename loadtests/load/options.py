@@ -24,6 +24,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--load-seed", type=int, default=0, help="of prompts and arrivals")
     add("--api-key", default="", help="if the server asks for one", is_secret=True)
+    add("--think-s", type=float, default=0.0, help="a user's mean pause between two requests")
     add("--pattern", choices=PATTERNS, default="constant", help="see patterns.py")
     add("--step-users", default="1,4,16,64", help="steps: users of each")
     add("--step-s", type=float, default=15.0, help="steps: length of each")

@@ -32,6 +32,7 @@ class Plan:
     prompt_len: int = 64
     output_len: int = 64
     shared_len: int = 256
+    think_s: float = 0.0
     user: str = "GenerateUser"
     drain_s: int = 0  # so long after it the requests in flight may end; else they are cut off
     processes: int = 1
@@ -47,11 +48,16 @@ class Ran:
     samples: list[Sample]
     client_cores: float
 
-    def point(self, slo: Slo | None = None) -> Point:
-        """The run without its beginning."""
+    @property
+    def window_ns(self) -> tuple[int, int]:
+        """The run without its beginning, and without what came after its time."""
         first_ns = min(one.due_ns for one in self.samples)
         begin_ns = first_ns + int(WARM_UP * self.plan.seconds * NS)
-        return summarize(self.samples, begin_ns, first_ns + int(self.plan.seconds * NS), slo)
+        return begin_ns, first_ns + int(self.plan.seconds * NS)
+
+    def point(self, slo: Slo | None = None) -> Point:
+        """In this window."""
+        return summarize(self.samples, *self.window_ns, slo)
 
 
 def run(url: str, plan: Plan) -> Ran:
@@ -79,6 +85,7 @@ def _command(url: str, plan: Plan, folder: Path) -> list[str]:
         "--prompt-len": plan.prompt_len,
         "--output-len": plan.output_len,
         "--shared-len": plan.shared_len,
+        "--think-s": plan.think_s,
         "--load-seed": plan.seed,
         "--samples": folder,
         "--loglevel": "ERROR",

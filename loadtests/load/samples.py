@@ -19,7 +19,8 @@ class Sample:
 
     route: str
     due_ns: int
-    sent_ns: int
+    sent_ns: int  # it had its connection
+    connect_ns: int = 0  # that took so long to make; 0: it was there
     id: str = ""
     status: int = 0
     first_ns: int | None = None  # its first token was here
@@ -38,6 +39,11 @@ class Sample:
     def ttft_s(self) -> float | None:
         """From when it was due to its first token."""
         return None if self.first_ns is None else (self.first_ns - self.due_ns) / 1e9
+
+    @property
+    def answered_s(self) -> float | None:
+        """The same from when its bytes could be sent: what a server can know of."""
+        return None if self.first_ns is None else (self.first_ns - self.sent_ns) / 1e9
 
     @property
     def tpot_s(self) -> float | None:

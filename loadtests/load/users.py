@@ -7,6 +7,7 @@ blocks and is not. What a user fires:
 
 POST  /generate             completion: from when the request was due to the end of its stream
 TTFT  /generate             from when it was due to the first token
+CONNECT                     making a connection; a user keeps its own from one request to the next
 ITL   /generate             every pause between two events with tokens
 TPOT  /generate             mean time of a token after the first
 tok/s of a stream           not a time: tokens per second of one stream
@@ -30,6 +31,7 @@ from locust import FastHttpUser, events, task
 from locust.env import Environment
 from locust.exception import StopUser
 
+from loadtests.load.connections import time_connections
 from loadtests.load.events import END, parse
 from loadtests.load.integrity import ChatStream, Expected, GenerateStream, Received
 from loadtests.load.options import lengths_of, samples_folder
@@ -55,6 +57,8 @@ class StreamUser(FastHttpUser):
         self.rng = random.Random(f"{options.load_seed} {next(_numbers)}")
         self.key = {"authorization": f"Bearer {options.api_key}"} if options.api_key else {}
         self.is_prepared = False
+        self.sending: dict[gevent.Greenlet, Sample] = {}  # by the greenlet that sends it
+        time_connections(self.client, self._connected)
 
     @task
     def load(self) -> None:
@@ -66,6 +70,11 @@ class StreamUser(FastHttpUser):
             self._dispatch()
         else:
             self.request_once(time.monotonic_ns())
+
+    def wait_time(self) -> float:
+        """Locust waits so long between two requests of a user."""
+        mean_s: float = self.options.think_s
+        return self.rng.expovariate(1 / mean_s) if mean_s else 0.0
 
     def prepare(self) -> None:
         """Ask the server what must be known. Raises `StopUser`, a failure having been reported."""
@@ -97,6 +106,7 @@ class StreamUser(FastHttpUser):
     ) -> Received:
         """POST and read to the end; every figure is reported on the way."""
         sample = Sample(self.path, due_ns, time.monotonic_ns())
+        self.sending[gevent.getcurrent()] = sample
         try:
             with self.client.post(
                 self.path,
@@ -118,6 +128,7 @@ class StreamUser(FastHttpUser):
             sample.was_cut = True
             raise
         finally:
+            self.sending.pop(gevent.getcurrent(), None)
             self._book(sample, stream.received)
         return stream.received
 
@@ -162,6 +173,12 @@ class StreamUser(FastHttpUser):
         sample.timing = received.timing
         if (file := _files.get(self.environment)) is not None:
             file.write(sample)
+
+    def _connected(self, now_ns: int, took_ns: int) -> None:
+        if took_ns:
+            self.fire("CONNECT", _ms(took_ns))
+        if (sample := self.sending.get(gevent.getcurrent())) is not None:
+            sample.sent_ns, sample.connect_ns = now_ns, took_ns
 
     def fire(self, kind: str, value: float) -> None:
         """A Locust event of its own: it has a row, percentiles and a place in the CSV."""

@@ -12,6 +12,7 @@ from where reports on other machines take them.
 from __future__ import annotations
 
 import argparse
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ def main() -> int:
     given = _arguments()
     console = Console(stderr=True)
     began = time.monotonic()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the server ends too
     try:
         measured = _kept(given.out) if given.draw_only else _measured(given, console)
         runs = [*measured, *recorded_runs(measured)]
@@ -109,7 +111,15 @@ def _measured(given: argparse.Namespace, console: Console) -> list[Run]:
                 )
                 continue
             plans.append((subject, steps_of(subject, mode)))
-    total = sum(step.weight_s for _, steps in plans for step in steps.values())
+    every = [step for _, steps in plans for step in steps.values()]
+    total = sum(step.weight_s for step in every)
+    left = [left_s for step in every if (left_s := step.left_s(given.out / "steps"))]
+    console.print(
+        f"{mode.name}: {', '.join(subject.name for subject, _ in plans)}; {len(left)} of "
+        f"{len(every)} steps to do, about {max(1, round(sum(left) / 60))} min",
+        markup=False,
+        highlight=False,
+    )
     measured = []
     with _progress(console) as progress:
         bar = progress.add_task("", total=total)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -59,3 +60,8 @@ def _values(name: str, size: list[int], generator: torch.Generator) -> torch.Ten
         drawn = torch.empty(size, dtype=torch.bfloat16)
         return drawn.normal_(std=STD, generator=generator)
     return torch.full(size, 1.0 if name.endswith("weight") else 0.0, dtype=torch.bfloat16)
+
+
+if __name__ == "__main__":
+    # python -m loadtests.report.checkpoints gpt2 runs/checkpoints
+    print(make_checkpoint(sys.argv[1], Path(sys.argv[2])))

@@ -54,6 +54,7 @@ def size(material: Material) -> Drawing:
             ha="right",
             va="bottom",
             fontsize=8.5,
+            bbox={"fc": style.PAPER, "ec": "none", "pad": 1},  # a roof may pass there
         )
         style.log_axes(one)
         one.set_xticks(sizes, [style.short(value) for value in sizes])

@@ -122,9 +122,10 @@ def steps_of(subject: Subject, mode: Mode) -> dict[str, Step[Any]]:
         kind: Any,
         make: Callable[[Doing], Any],
         weight_s: float,
+        num_parts: int = 0,
         **more: object,
     ) -> Step[Any]:
-        return Step(f"{subject.name}-{place}", common | more, kind, make, weight_s)
+        return Step(f"{subject.name}-{place}", common | more, kind, make, weight_s, num_parts)
 
     steps: dict[str, Step[Any]] = {
         "bench": step("bench", Bench, lambda _: bench(subject, mode), speed * (12 + 80 * billions)),
@@ -145,6 +146,7 @@ def steps_of(subject: Subject, mode: Mode) -> dict[str, Step[Any]]:
             Served,
             lambda doing: served(subject, mode, doing),
             seconds,
+            num_parts=len(traffic.users) + open_points,
         )
     for seqs, tokens in mode.limits if is_served else ():
         steps[f"limits-{seqs}-{tokens}"] = step(

@@ -41,13 +41,15 @@ class Doing:
 
 @dataclass(frozen=True, slots=True)
 class Step(Generic[T]):
-    """`make` measures. `weight_s`: about how long it takes."""
+    """`make` measures. `weight_s`: about how long it takes; `num_parts`: about how many parts that
+    are kept by themselves it has."""
 
     name: str
     key: dict[str, object]
     kind: type[T]
     make: Callable[[Doing], T]
     weight_s: float
+    num_parts: int = 0
 
     def path(self, folder: Path) -> Path:
         """Where its result is kept."""
@@ -55,13 +57,21 @@ class Step(Generic[T]):
 
     def kept(self, folder: Path) -> T | None:
         """The result of an earlier run with the same settings."""
-        try:
-            held = msgspec.json.decode(self.path(folder).read_bytes(), type=_Kept)
-            if held.key != _plain(self.key):
-                return None
-            return msgspec.json.decode(held.result, type=self.kind)
-        except (OSError, msgspec.DecodeError):
+        held = _read(self.path(folder))
+        if held is None or held.key != _plain(self.key):
             return None
+        try:
+            return msgspec.json.decode(held.result, type=self.kind)
+        except msgspec.DecodeError:
+            return None
+
+    def left_s(self, folder: Path) -> float:
+        """About how long it still takes, with what is kept of it."""
+        if self.kept(folder) is not None:
+            return 0.0
+        parts = [_read(path) for path in folder.glob(f"{self.name}-*.json")]
+        done = sum(part is not None and part.key == _plain(self.key) for part in parts)
+        return self.weight_s * (1 - min(1.0, done / self.num_parts) if self.num_parts else 1.0)
 
     def result(self, folder: Path, say: Say, earlier: Mapping[str, Any]) -> T:
         """Kept or measured now."""
@@ -74,6 +84,13 @@ class Step(Generic[T]):
             beside.write_bytes(msgspec.json.encode({"key": self.key, "result": found}))
             beside.replace(self.path(folder))
         return found
+
+
+def _read(path: Path) -> _Kept | None:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_Kept)
+    except (OSError, msgspec.DecodeError):
+        return None
 
 
 def _plain(key: dict[str, object]) -> object:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 
 from fastapi import APIRouter
@@ -54,21 +53,21 @@ def routes(context: ApiContext) -> APIRouter:
         ),
     )
     async def generate(request: Request) -> Response:
-        arrived_s = asyncio.get_running_loop().time()
-        with rejections_counted(context.metrics, visit_of(request).route):
+        visit = visit_of(request)
+        with rejections_counted(context.metrics, visit.route):
             body = await read_json(request, GenerateRequest)
             plan = await make_plan(
                 body,
                 context,
                 request_id_of(request),
-                arrived_s,
+                visit.began_s,
                 owner=key_name_of(request),
             )
             tokenizer, _ = context.loaded()
             _check_id(plan.key, context, is_kept=body.detach_s > 0)
             if body.detach_s > 0:
                 context.resumable.make_room()
-            generation = context.generations.admit([plan], tokenizer, visit_of(request))
+            generation = context.generations.admit([plan], tokenizer, visit)
         # From here on the request is in flight: no await before somebody will call `abort`.
         if body.stream:
             writer = EventWriter(generation, tokenizer, context.model_name)

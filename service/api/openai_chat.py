@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
 from fastapi import APIRouter
@@ -66,8 +65,8 @@ def routes(context: ApiContext) -> APIRouter:
         ),
     )
     async def chat_completions(request: Request) -> Response:
-        arrived_s = asyncio.get_running_loop().time()
-        with rejections_counted(context.metrics, visit_of(request).route):
+        visit = visit_of(request)
+        with rejections_counted(context.metrics, visit.route):
             body = await read_json(request, ChatRequest)
             check_model(body.model, context)
             body.check()
@@ -77,10 +76,10 @@ def routes(context: ApiContext) -> APIRouter:
                 tokenizer, info = context.loaded()
                 wish = body.to_generate(prompt_ids, info.context_length)
                 plan = await make_plan(
-                    wish, context, request_id, arrived_s, owner=key_name_of(request)
+                    wish, context, request_id, visit.began_s, owner=key_name_of(request)
                 )
                 header = make_header("chatcmpl", request_id, context)
-                generation = context.generations.admit([plan], tokenizer, visit_of(request))
+                generation = context.generations.admit([plan], tokenizer, visit)
         # From here on the request is in flight: no await before somebody will call `abort`.
         return await respond(request, context, body, generation, ChatShape(header, tokenizer))
 

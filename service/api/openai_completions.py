@@ -51,16 +51,16 @@ def routes(context: ApiContext) -> APIRouter:
         ),
     )
     async def completions(request: Request) -> Response:
-        arrived_s = asyncio.get_running_loop().time()
-        with rejections_counted(context.metrics, visit_of(request).route):
+        visit = visit_of(request)
+        with rejections_counted(context.metrics, visit.route):
             body = await read_json(request, CompletionRequest)
             check_model(body.model, context)
             body.check()
             request_id = request_id_of(request)
-            plans = await _plans(body, context, request, arrived_s)
+            plans = await _plans(body, context, request, visit.began_s)
             tokenizer, _ = context.loaded()
             header = make_header("cmpl", request_id, context)
-            generation = context.generations.admit(plans, tokenizer, visit_of(request))
+            generation = context.generations.admit(plans, tokenizer, visit)
         # From here on the request is in flight: no await before somebody will call `abort`.
         shape = CompletionShape(header, tokenizer, plans)
         return await respond(request, context, body, generation, shape)

@@ -6,12 +6,11 @@ Nothing is computed while the engine runs; results.py does that from the record.
 from __future__ import annotations
 
 import time
-from collections import deque
 from dataclasses import dataclass, field
 
 from model.sampling_params import SamplingParams
 from service.bench.machine import CpuWatch
-from service.bench.workload import Arrival, Workload, make_arrivals, shared_prefix
+from service.bench.workload import Loop, Workload, make_loop, shared_prefix
 from service.engine.core import EngineCore
 from service.engine.messages import SequenceOutput, Submit
 from service.engine.profile import StepProfile
@@ -57,40 +56,44 @@ class Run:
     preemptions: int
     foreign_cores: float | None  # processors that others kept busy meanwhile; None: unknown
 
+    def steady_s(self, users: int) -> tuple[float, float]:
+        """Of a closed loop, the time in which all its users are at it: from when as many requests
+        have ended until the last one is sent."""
+        ends = sorted(request.token_times_s[-1] for request in self.requests)
+        return ends[users - 1], self.requests[-1].arrives_s
+
 
 def run_workload(core: EngineCore, workload: Workload, number: int) -> Run:
     """One run; its `number` gives it prompts of its own. A shared prefix is in the cache
     when it begins, as a system prompt is on a server that has been running. Raises
     `WorkloadError`."""
     vocab_size = core.runner.config.vocab_size
-    arrivals = make_arrivals(workload, vocab_size, number)
+    loop = make_loop(workload, vocab_size, number)
     if workload.shared_prefix_len:
         prefix = shared_prefix(workload, vocab_size, number)
         core.add(Submit(-1, prefix, SamplingParams(max_tokens=1)))
         while core.has_work:
             _check(core.step())
-    return drive(core, arrivals, workload.batch)
+    return drive(core, loop)
 
 
-def drive(core: EngineCore, arrivals: list[Arrival], batch: int) -> Run:
-    """Add requests as they arrive, at most `batch` of them at a time, and step to the end."""
-    waiting = deque(arrivals)
-    requests = {
-        item.request.id: RequestRecord(len(item.request.prompt_token_ids), item.arrives_s)
-        for item in arrivals
-    }
+def drive(core: EngineCore, loop: Loop) -> Run:
+    """Add requests as they arrive, and step to the end."""
+    requests: dict[int, RequestRecord] = {}
     steps: list[StepRecord] = []
-    in_flight = 0
     preemptions, prompt_tokens = core.scheduler.num_preemptions, core.stats().prompt_tokens
     watch = CpuWatch()
     began = time.perf_counter()
-    while waiting or core.has_work:
+    while (due_s := loop.due_s()) is not None or core.has_work:
         now_s = time.perf_counter() - began
-        while waiting and in_flight < batch and waiting[0].arrives_s <= now_s:
-            core.add(waiting.popleft().request)
-            in_flight += 1
+        while due_s is not None and due_s <= now_s:
+            came = loop.take()
+            num_prompt_tokens = len(came.request.prompt_token_ids)
+            requests[came.request.id] = RequestRecord(num_prompt_tokens, came.arrives_s)
+            core.add(came.request)
+            due_s = loop.due_s()
         if not core.has_work:
-            time.sleep(max(0.0, waiting[0].arrives_s - (time.perf_counter() - began)))
+            time.sleep(max(0.0, (due_s or 0.0) - (time.perf_counter() - began)))
             continue
         outputs = core.step()
         now_s = time.perf_counter() - began
@@ -100,7 +103,8 @@ def drive(core: EngineCore, arrivals: list[Arrival], batch: int) -> Run:
             contexts.append(record.prompt_len + len(record.token_times_s))
             record.token_times_s += [now_s] * len(output.token_ids)
             record.cached_prompt_tokens = output.cached_prompt_tokens
-            in_flight -= output.finish_reason is not None
+            if output.finish_reason is not None:
+                loop.ended(now_s)
         total = core.stats().prompt_tokens
         steps.append(StepRecord(core.last_step, total - prompt_tokens, tuple(contexts)))
         prompt_tokens = total

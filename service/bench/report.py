@@ -118,12 +118,14 @@ ROWS: tuple[tuple[str, Cell] | None, ...] = (
 def _table(report: Report) -> Table:
     first = report.measurements[0].workload
     arrivals = "all at once" if first.rate is None else f"{first.rate:g} requests/s"
+    if first.is_closed:
+        arrivals = f"one after the other, {1e3 * first.think_s:g} ms apart"
     table = Table(
         title=f"prompts of {first.prompt_len}, outputs of {first.output_len} tokens, {arrivals}; "
         f"medians of {len(report.measurements[0].repeats)}",
         title_justify="left",
     )
-    table.add_column("batch", no_wrap=True)
+    table.add_column("users" if first.is_closed else "batch", no_wrap=True)
     for measurement in report.measurements:
         table.add_column(str(measurement.workload.batch), justify="right", overflow="fold")
     for row in ROWS:

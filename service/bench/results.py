@@ -23,7 +23,8 @@ from service.engine.traffic import Traffic
 @dataclass(frozen=True, slots=True)
 class Result:
     """One run in numbers, or the medians of several. None: the workload has no such thing
-    (no gap in outputs of one token, no step without a prompt)."""
+    (no gap in outputs of one token, no step without a prompt). Of a closed loop,
+    output_tokens_per_s and requests' times are of when all users were at it (`Run.steady_s`)."""
 
     generated_tokens: float
     prompt_tokens: float
@@ -31,15 +32,19 @@ class Result:
     decode_tokens_per_s: float | None  # over the steps that only decode
     output_tokens_per_s: float  # from the first arrival to the last token
     prefill_tokens_per_s: float | None  # prompt tokens computed, over the steps with any
+    ttft_mean_s: float | None
     ttft_p50_s: float | None
     ttft_p90_s: float | None
     ttft_p99_s: float | None
+    itl_mean_s: float | None
     itl_p50_s: float | None
     itl_p90_s: float | None
     itl_p99_s: float | None
+    tpot_mean_s: float | None
     tpot_p50_s: float | None
     tpot_p90_s: float | None
     tpot_p99_s: float | None
+    e2el_mean_s: float | None
     e2el_p50_s: float | None
     e2el_p90_s: float | None
     e2el_p99_s: float | None
@@ -83,24 +88,30 @@ class Measurement:
         return cls(workload, Result(**medians), tuple(repeats))
 
 
-def summarize(run: Run, traffic: Traffic, roofline: Roofline) -> Result:
+def summarize(run: Run, workload: Workload, traffic: Traffic, roofline: Roofline) -> Result:
     """The numbers of one run."""
+    begin_s, end_s = run.steady_s(workload.batch) if workload.is_closed else (0.0, run.elapsed_s)
+    counted = [r for r in run.requests if begin_s <= r.arrives_s <= end_s]
+    within = sum(begin_s <= at <= end_s for r in run.requests for at in r.token_times_s)
     decodes = [step for step in run.steps if step.is_decode]
     generated = sum(len(request.token_times_s) for request in run.requests)
     parts = {
-        "ttft": [r.token_times_s[0] - r.arrives_s for r in run.requests],
-        "itl": [gap for r in run.requests for gap in _gaps(r.token_times_s)],
+        "ttft": [r.token_times_s[0] - r.arrives_s for r in counted],
+        "itl": [gap for r in counted for gap in _gaps(r.token_times_s)],
         "tpot": [
             (r.token_times_s[-1] - r.token_times_s[0]) / (len(r.token_times_s) - 1)
-            for r in run.requests
+            for r in counted
             if len(r.token_times_s) > 1
         ],
-        "e2el": [r.token_times_s[-1] - r.arrives_s for r in run.requests],
+        "e2el": [r.token_times_s[-1] - r.arrives_s for r in counted],
     }
     percentiles: dict[str, Any] = {
         f"{name}_p{percent}_s": _percentile(values, percent)
         for name, values in parts.items()
         for percent in (50, 90, 99)
+    } | {
+        f"{name}_mean_s": statistics.fmean(values) if values else None
+        for name, values in parts.items()
     }
     times: dict[str, Any] = {
         f"{name}_s": _median([getattr(step.profile, f"{name}_s") for step in decodes])
@@ -110,7 +121,7 @@ def summarize(run: Run, traffic: Traffic, roofline: Roofline) -> Result:
         generated_tokens=generated,
         prompt_tokens=sum(request.prompt_len for request in run.requests),
         elapsed_s=run.elapsed_s,
-        output_tokens_per_s=generated / run.elapsed_s,
+        output_tokens_per_s=within / (end_s - begin_s),
         peak_blocks=max(step.profile.referenced_blocks for step in run.steps),
         preemptions=run.preemptions,
         cached_prompt_tokens=sum(request.cached_prompt_tokens for request in run.requests),

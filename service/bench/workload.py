@@ -6,7 +6,11 @@ Plain Python, and a function of its seed: the same workload twice is the same re
 from __future__ import annotations
 
 import random
+from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+from typing import Protocol
 
 from model.sampling_params import SamplingParams
 from service.engine.messages import Submit
@@ -16,7 +20,7 @@ from service.engine.messages import Submit
 class Workload:
     """One measurement's requests, all of the same lengths (in tokens)."""
 
-    batch: int  # requests in flight at most; the next one waits for its turn
+    batch: int  # requests in flight at most; the next one waits for its turn. Or users
     num_requests: int
     prompt_len: int
     output_len: int
@@ -24,6 +28,8 @@ class Workload:
     shared_prefix_len: int  # tokens that all prompts begin with
     temperature: float
     seed: int
+    is_closed: bool = False  # `batch` users, each with one request after the other
+    think_s: float = 0.0  # between a user's requests, on average (exponentially distributed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +38,69 @@ class Arrival:
 
     arrives_s: float
     request: Submit
+
+
+class Loop(Protocol):
+    """Who asks when."""
+
+    def due_s(self) -> float | None:
+        """When the next request comes. None: no more do, or none before another has ended."""
+
+    def take(self) -> Arrival:
+        """The next request."""
+
+    def ended(self, now_s: float) -> None:
+        """One of those taken has."""
+
+
+class OpenLoop:
+    """Requests come when they come; at most `batch` of them are in flight."""
+
+    def __init__(self, arrivals: Iterable[Arrival], batch: int) -> None:
+        self._waiting = deque(arrivals)
+        self._free = batch
+
+    def due_s(self) -> float | None:
+        return self._waiting[0].arrives_s if self._waiting and self._free else None
+
+    def take(self) -> Arrival:
+        self._free -= 1
+        return self._waiting.popleft()
+
+    def ended(self, now_s: float) -> None:
+        self._free += 1
+
+
+class ClosedLoop:
+    """Each of so many users asks, waits for the end, thinks, and asks again."""
+
+    def __init__(self, requests: Iterable[Submit], users: int, think: Callable[[], float]) -> None:
+        self._waiting = deque(requests)
+        self._think = think
+        self._moments = [think() for _ in range(users)]
+        heapify(self._moments)
+
+    def due_s(self) -> float | None:
+        return self._moments[0] if self._waiting and self._moments else None
+
+    def take(self) -> Arrival:
+        return Arrival(heappop(self._moments), self._waiting.popleft())
+
+    def ended(self, now_s: float) -> None:
+        heappush(self._moments, now_s + self._think())
+
+
+def make_loop(workload: Workload, vocab_size: int, run: int) -> Loop:
+    """The requests of `make_arrivals`, and who sends them."""
+    arrivals = make_arrivals(workload, vocab_size, run)
+    if not workload.is_closed:
+        return OpenLoop(arrivals, workload.batch)
+    clock, mean_s = random.Random(f"{workload.seed} thinking"), workload.think_s  # noqa: S311
+    return ClosedLoop(
+        (arrival.request for arrival in arrivals),
+        workload.batch,
+        lambda: clock.expovariate(1 / mean_s) if mean_s else 0.0,
+    )
 
 
 def make_arrivals(workload: Workload, vocab_size: int, run: int) -> list[Arrival]:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 
 WIDTH = 120
+ROUNDS = 8  # of a closed loop: requests of each user
+FEWEST_ROUNDS = 4  # a steady state has a beginning and an end that are not it
 
 
 def _split(value: object) -> object:
@@ -59,10 +61,23 @@ class BenchSettings(ModelSettings):
     batch: Batches = Field(
         (1, 8, 32), description="requests in flight at most, e.g. 1,8,32: one measurement each"
     )
+    concurrency: Batches | None = Field(
+        None,
+        description="instead of --batch, a closed loop: so many users, e.g. 1,8,32, each of whom "
+        "asks, waits for the end, and asks again; times and tokens/s are of the steady state",
+    )
+    think_s: float = Field(
+        0.0,
+        ge=0,
+        description="with --concurrency: pause of a user between two requests, on average; random",
+    )
     prompt_len: int = Field(128, ge=1, description="tokens of each prompt")
     output_len: int = Field(128, ge=1, description="tokens generated for each request")
     num_requests: int | None = Field(
-        None, ge=1, description="requests of a measurement; without it, as many as the batch"
+        None,
+        ge=1,
+        description="requests of a measurement; without it, as many as the batch, or "
+        f"{ROUNDS} for each user",
     )
     rate: float | None = Field(
         None, gt=0, description="requests/s, Poisson arrivals; without it, all come at once"
@@ -77,17 +92,25 @@ class BenchSettings(ModelSettings):
     json_file: Path | None = Field(None, description="write every number to this file")
 
     def workload(self, batch: int) -> Workload:
-        """The measurement with `batch` requests in flight."""
+        """The measurement with `batch` requests in flight, or users."""
+        is_closed = self.concurrency is not None
         return Workload(
             batch=batch,
-            num_requests=self.num_requests or batch,
+            num_requests=self.num_requests or batch * (ROUNDS if is_closed else 1),
             prompt_len=self.prompt_len,
             output_len=self.output_len,
             rate=self.rate,
             shared_prefix_len=round(self.shared_prefix * self.prompt_len),
             temperature=self.temperature,
             seed=self.seed,
+            is_closed=is_closed,
+            think_s=self.think_s,
         )
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of the measurements: batches or users."""
+        return self.concurrency or self.batch
 
 
 def run(arguments: list[str]) -> int:
@@ -114,12 +137,30 @@ def _check(settings: BenchSettings) -> None:
         raise SettingsError("--shape has random weights and --model a checkpoint's: give one")
     if settings.shape is not None and settings.revision is not None:
         raise SettingsError("--revision is of a hub id; --shape has none")
-    if max(settings.batch) > settings.max_num_seqs:
+    if settings.concurrency is None:
+        if settings.think_s:
+            raise SettingsError("--think-s is of users: give --concurrency too")
+    elif "batch" in settings.model_fields_set or settings.rate is not None:
+        raise SettingsError("--concurrency says when requests come: no --batch and no --rate")
+    else:
+        _check_users(settings.concurrency, settings.num_requests)
+    # More users than that wait for their turn, as at a server.
+    if settings.concurrency is None and max(settings.batch) > settings.max_num_seqs:
         raise SettingsError(
             f"--batch {max(settings.batch)} is above --max-num-seqs {settings.max_num_seqs}"
         )
     if settings.json_file is not None and not settings.json_file.absolute().parent.is_dir():
         raise SettingsError(f"--json {settings.json_file}: there is no such directory")
+
+
+def _check_users(concurrency: tuple[int, ...], num_requests: int | None) -> None:
+    """Enough requests for a steady state."""
+    fewest = FEWEST_ROUNDS * max(concurrency)
+    if num_requests is not None and num_requests < fewest:
+        raise SettingsError(
+            f"--num-requests {num_requests}: {max(concurrency)} users need at least {fewest}, "
+            f"{FEWEST_ROUNDS} each, to come to a steady state"
+        )
 
 
 def _bench(settings: BenchSettings) -> int:
@@ -206,17 +247,18 @@ def _measure(
     from service.bench.measure import run_workload
     from service.bench.results import Measurement, Result, summarize
 
-    with _bar(len(settings.batch) * (settings.warmup + settings.repeat)) as advance:
+    with _bar(len(settings.sizes) * (settings.warmup + settings.repeat)) as advance:
         numbers = count()
-        for batch in settings.batch:
+        for batch in settings.sizes:
             workload = settings.workload(batch)
             results: list[Result] = []
             try:
                 for repeat in range(-settings.warmup, settings.repeat):
-                    advance(f"batch {batch}, {'warm-up' if repeat < 0 else f'run {repeat + 1}'}")
+                    what = "batch" if settings.concurrency is None else "users"
+                    advance(f"{what} {batch}, {'warm-up' if repeat < 0 else f'run {repeat + 1}'}")
                     done = run_workload(core, workload, next(numbers))
                     if repeat >= 0:
-                        results.append(summarize(done, traffic, roofline))
+                        results.append(summarize(done, workload, traffic, roofline))
             finally:
                 if results:
                     measurements.append(Measurement.of(workload, results))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import msgspec
+import psutil
 import pytest
 
 from loadtests.report import computed
@@ -145,20 +148,56 @@ def test_an_interrupted_step_goes_on_where_it_was(tmp_path: Path) -> None:
         return one + doing.part("second", int, lambda: part("second", 2))
 
     def step(key: dict[str, object]) -> Step[int]:
-        return Step("thing", key, int, make, 1.0)
+        return Step("thing", key, int, make, 10.0, num_parts=2)
 
     def quiet(_: str) -> None:
         """Nobody watches."""
 
     with pytest.raises(KeyboardInterrupt):
         step({"a": 1}).result(tmp_path, quiet, {})
+    assert step({"a": 1}).left_s(tmp_path) == 5.0
+    assert step({"a": 2}).left_s(tmp_path) == 10.0
     assert step({"a": 1}).result(tmp_path, quiet, {}) == 3
+    assert step({"a": 1}).left_s(tmp_path) == 0.0
     assert made == ["first", "second", "second"]
     assert step({"a": 1}).result(tmp_path, quiet, {}) == 3
     assert len(made) == 3
     # Other settings are another measurement.
     assert step({"a": 2}).result(tmp_path, quiet, {}) == 3
     assert made[3:] == ["first", "second"]
+
+
+@pytest.mark.slow
+def test_a_report_that_was_stopped_repeats_nothing(tmp_path: Path) -> None:
+    """Stopped in the middle of the sweep over HTTP: the bench, the parts of the sweep that were
+    done and all else are there as they were, and the same command makes the page."""
+    command = [sys.executable, "-m", "tests.loadtests.tiny_report", "--out", str(tmp_path)]
+    command += ["--model", "stories", "--device", "cpu", "--threads", "1"]
+    first_part = tmp_path / "steps" / "cpu-stories-bfloat16-served-users-1.json"
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as report:
+        deadline = time.monotonic() + 200
+        while not first_part.exists() and time.monotonic() < deadline:
+            assert report.poll() is None
+            time.sleep(0.05)
+        server = [one for one in psutil.Process(report.pid).children() if "serve" in one.cmdline()]
+        report.send_signal(signal.SIGTERM)  # taken as Ctrl-C is
+        _, said = report.communicate(timeout=90)
+    assert report.returncode == 130, said
+    assert "the same command goes on" in said
+    assert "of 4 steps to do, about" in said
+    assert server, "it was stopped while a server ran"
+    assert not any(one.is_running() for one in server)
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "steps").glob("*.json")}
+    assert "cpu-stories-bfloat16-bench" in {path.stem for path in kept}
+    assert not (tmp_path / "report.html").exists()
+
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert "1 of 4 steps to do" in again.stderr
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert "cpu-stories-bfloat16-bench\n" not in again.stderr, "it is not measured twice"
+    assert (tmp_path / "report.html").exists()
+    assert len(list((tmp_path / "steps").glob("*-served*.json"))) == 5
 
 
 def test_the_command_says_when_it_is_in_no_checkout(tmp_path: Path) -> None:

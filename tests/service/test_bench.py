@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from model.families.published import PUBLISHED
 from service.bench import measure
+from service.bench.workload import make_arrivals
 from service.commands import CommandError, bench
 from service.engine import roofline
 from service.engine.roofline import Effort, measure_roofline
@@ -78,6 +80,7 @@ def test_the_json_is_complete_and_adds_up(
             for name in ("ttft", "itl", "tpot", "e2el"):
                 values = [result[f"{name}_{p}_s"] for p in PERCENTILES]
                 assert all(0 < low <= high for low, high in pairwise(values))
+                assert 0 < result[f"{name}_mean_s"] <= values[-1]
         for result in measurement["repeats"]:
             # All came at once and stayed together: every decode step had all of them.
             assert result["decode_batch"] == batch
@@ -113,7 +116,7 @@ def test_requests_come_at_a_rate(tmp_path: Path) -> None:
     assert measurement["median"]["generated_tokens"] == 6 * 3
     # The expected span of five gaps is 0.1 s; the seed's own is asked for.
     workload = bench.BenchSettings.model_validate(report["settings"]).workload(2)
-    last = measure.make_arrivals(workload, 211, 0)[-1]
+    last = make_arrivals(workload, 211, 0)[-1]
     assert last.arrives_s > 0
     assert measurement["median"]["elapsed_s"] > last.arrives_s
 
@@ -123,6 +126,38 @@ def test_more_requests_than_the_batch_take_turns(tmp_path: Path) -> None:
     (measurement,) = run(tmp_path, *flags)["measurements"]
     assert measurement["median"]["generated_tokens"] == 6 * 5
     assert measurement["median"]["decode_batch"] == 2
+
+
+def test_users_of_a_closed_loop(tmp_path: Path) -> None:
+    flags = ("--concurrency", "1,2", "--prompt-len", "4", "--output-len", "5")
+    one, two = run(tmp_path, *flags, "--think-s", "0.01")["measurements"]
+    assert one["median"]["generated_tokens"] == 8 * 5
+    assert two["median"]["generated_tokens"] == 16 * 5
+    # One user: 8 answers with 8 pauses, each in a steady state of some of them.
+    assert one["median"]["decode_batch"] == 1
+    assert one["median"]["output_tokens_per_s"] < 5 / 0.005
+    assert two["median"]["ttft_mean_s"] < two["median"]["e2el_mean_s"]
+
+
+def test_more_users_than_seats_wait_for_their_turn(tmp_path: Path) -> None:
+    flags = ("--concurrency", "4", "--max-num-seqs", "2", "--prompt-len", "4", "--output-len", "5")
+    (measurement,) = run(tmp_path, *flags)["measurements"]
+    assert measurement["median"]["generated_tokens"] == 4 * 8 * 5
+    assert measurement["median"]["decode_batch"] <= 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--concurrency", "2", "--batch", "2"), "no --batch and no --rate"),
+        (("--concurrency", "2", "--rate", "2"), "no --batch and no --rate"),
+        (("--think-s", "1"), "give --concurrency too"),
+        (("--concurrency", "2,4", "--num-requests", "15"), "4 users need at least 16"),
+    ],
+)
+def test_settings_of_users_that_contradict(flags: tuple[str, ...], words: str) -> None:
+    with pytest.raises(SettingsError, match=re.escape(words)):
+        bench.run(list(flags))
 
 
 def test_a_small_cache_preempts_and_loses_nothing(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from service.bench.machine import CpuWatch, peak_memory_bytes
 from service.bench.measure import RequestRecord, Run, StepRecord
 from service.bench.random_weights import random_model
 from service.bench.results import Measurement, summarize
-from service.bench.workload import Workload, make_arrivals
+from service.bench.workload import ClosedLoop, Workload, make_arrivals, make_loop
 from service.engine.profile import StepProfile
 from service.engine.roofline import Roofline
 from service.engine.traffic import traffic_of, traffic_of_model
@@ -114,6 +114,50 @@ def test_a_workload_is_a_function_of_its_seed() -> None:
     assert prompts[0][:4] != other[0].request.prompt_token_ids[:4]
 
 
+def test_users_of_a_closed_loop_ask_again_when_they_have_thought() -> None:
+    requests = [arrival.request for arrival in make_arrivals(WORKLOAD, 100, 0)]
+    pauses = iter([0.3, 0.1, 0.5, 9.0])
+    loop = ClosedLoop(requests, 2, lambda: next(pauses))
+    assert [loop.take().arrives_s for _ in range(2)] == [0.1, 0.3]
+    assert loop.due_s() is None, "both wait for their answers"
+    loop.ended(2.0)
+    assert loop.due_s() == 2.5
+    assert loop.take().request is requests[2]
+    loop.ended(3.0)
+    assert loop.due_s() is None, "there are no more"
+
+
+def test_thinking_takes_the_time_it_should_on_average() -> None:
+    users = replace(WORKLOAD, batch=400, num_requests=400, is_closed=True, think_s=0.05, rate=None)
+    loop = make_loop(users, 100, 0)
+    mean = sum(loop.take().arrives_s for _ in range(400)) / 400
+    assert mean == pytest.approx(0.05, rel=0.2)  # 4 standard deviations
+
+
+def test_a_closed_loop_counts_its_steady_state() -> None:
+    """Two users; the window is from 2.0, when two requests have ended, to 5.0, when the last one
+    is sent: the request of 2.5 counts, and of tokens those at 2.0, 3.0, 4.0 and 5.0."""
+    prefill = StepProfile(num_tokens=10, referenced_blocks=3, step_s=0.2)
+    run = Run(
+        requests=[
+            RequestRecord(10, 0.0, [0.5, 1.0]),
+            RequestRecord(10, 0.0, [1.5, 2.0]),
+            RequestRecord(10, 2.5, [3.0, 4.0]),
+            RequestRecord(10, 5.0, [5.0, 9.0]),
+        ],
+        steps=[StepRecord(prefill, 10, (10,))],
+        elapsed_s=9.0,
+        preemptions=0,
+        foreign_cores=None,
+    )
+    workload = replace(WORKLOAD, is_closed=True, rate=None)
+    roof = Roofline(read_bytes_per_s=1e6, flops_per_s=1e6, gemm_size=1)
+    result = summarize(run, workload, traffic_of(CONFIG, torch.float32), roof)
+    assert result.output_tokens_per_s == pytest.approx(4 / 3.0)
+    assert result.ttft_p99_s == pytest.approx(0.495)  # of 0.5 and 0.0
+    assert result.generated_tokens == 8
+
+
 def test_the_numbers_of_a_run() -> None:
     """One request: a prefill of 0.2 s, then two decodes of 0.1 s."""
     prefill = StepProfile(num_tokens=10, referenced_blocks=3, step_s=0.2)
@@ -139,7 +183,7 @@ def test_the_numbers_of_a_run() -> None:
     )
     traffic = traffic_of(CONFIG, torch.float32)
     roof = Roofline(read_bytes_per_s=1e6, flops_per_s=1e9, gemm_size=1)
-    result = summarize(run, traffic, roof)
+    result = summarize(run, WORKLOAD, traffic, roof)
     assert result.generated_tokens == 3
     assert result.output_tokens_per_s == 1.5
     assert result.decode_tokens_per_s == pytest.approx(10)
