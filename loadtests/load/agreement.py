@@ -2,11 +2,13 @@
 
     python -m loadtests.load.agreement --rounds 3 --seconds 20
 
-All three see the same closed loop: so many users, each of whom asks, reads to the end, thinks for a
-moment and asks again, prompts of random ids, all of the same lengths; and the engine has as many
-threads in the server as in the bench, on cores that nothing else runs on: --threads of them, one by
-default, so that on two cores the API process and the client share the other one. Every token is an
-event of its own here (--max-events-s), as the bench sees every token.
+All three see the same closed loop: so many users, each of whom asks, reads to the end, thinks for
+a moment and asks again, prompts of random ids, all of the same lengths. They think about as long as
+an answer takes: users who ask at once stay in step for minutes, and how many stand in line for
+their prompts is then a matter of how the run began. The engine has as many threads in the server as
+in the bench, on cores that nothing else runs on: --threads of them, one by default, so that on two
+cores the API process and the client share the other one. Every token is an event of its own here
+(--max-events-s), as the bench sees every token.
 
 - Server: means of its histograms over the run (sum and count are exact, buckets are not) beside
   those of Locust's raw samples, within --within, 5 percent.
@@ -296,7 +298,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", help="of both")
     parser.add_argument("--threads", type=int, default=1, help="of the engine")
     parser.add_argument("--users", type=int, default=8, help="streams at the same time")
-    parser.add_argument("--think-s", type=float, default=0.05, help="mean pause of a user")
+    parser.add_argument("--think-s", type=float, default=0.5, help="mean pause of a user")
     parser.add_argument("--seconds", type=int, default=20, help="of Locust in a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompt-len", type=int, default=256)
