@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,7 +16,19 @@ from torch import Tensor
 from loadtests.peers.checkpoints import tokenizer_of
 from model.families import family_of, read_config
 from model.families.published import PUBLISHED
-from service.bench.random_weights import random_model
+from model.random_weights import random_model
+
+
+@contextmanager
+def roomy_folder(num_bytes: int) -> Iterator[Path]:
+    """A folder for so many bytes, on a disk or in memory. Raises `OSError` where there is none."""
+    places = [Path(tempfile.gettempdir()), Path("/dev/shm")]
+    for place in places:
+        if place.is_dir() and shutil.disk_usage(place).free > num_bytes:
+            with tempfile.TemporaryDirectory(dir=place, prefix="vitrine-") as folder:
+                yield Path(folder)
+            return
+    raise OSError(f"{num_bytes:,} bytes are free in none of {', '.join(map(str, places))}")
 
 
 def write_random(shape: str, folder: Path, device: str) -> None:
@@ -29,3 +45,6 @@ def write_random(shape: str, folder: Path, device: str) -> None:
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(fields))
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer_of(config.vocab_size)))
+    del model, own, tensors
+    if device == "cuda":  # others want the memory now
+        torch.cuda.empty_cache()

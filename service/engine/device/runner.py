@@ -102,8 +102,10 @@ class DeviceRunner:
         self._others = others
         self._next_seat = 0
         self._steps = DeviceSteps(forward, limits, buckets=buckets, heartbeat=heartbeat)
+        began = time.monotonic()
         if self._steps.buckets:
             self._steps.capture(self._write_nobody)
+        self.capture_s = time.monotonic() - began
 
     @property
     def cache(self) -> KVCache:
