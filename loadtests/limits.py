@@ -6,9 +6,9 @@ value of one limit, the others at their defaults.
     python -m loadtests.limits --limit max-batched-tokens --engine '--max-step-ratio 0'
 
 Rounds go through all values in turn, because a machine's speed drifts; shown are medians of a
-value's rounds, and tokens/s also as the median of its ratios to the round's best. --out is written
-after every measurement, and those that are in it are not repeated. What the figures meant for the
-defaults stands in NOTES.md.
+value's rounds, tokens/s also as the median of its ratios to the round's best, and how many cores
+other work kept busy at most. --out is written after every measurement, and those that are in it
+are not repeated. What the figures meant for the defaults stands in NOTES.md.
 """
 
 from __future__ import annotations
@@ -70,7 +70,10 @@ def bench(given: argparse.Namespace, value: float) -> Measured:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         said = json.loads(path.read_text())
     (measured,) = said["measurements"]
-    return {name: measured["median"][name] for name in KEPT} | {"threads": said["model"]["threads"]}
+    found: Measured = {name: measured["median"][name] for name in KEPT}
+    # Other work on the machine: a value measured beside much of it says nothing.
+    found["foreign_cores"] = measured["median"]["foreign_cores"] or 0.0
+    return found | {"threads": said["model"]["threads"]}
 
 
 def table(limit: str, found: dict[str, list[Measured]]) -> Table:
@@ -78,19 +81,22 @@ def table(limit: str, found: dict[str, list[Measured]]) -> Table:
     rounds = min(len(runs) for runs in found.values())
     best = [max(runs[n]["output_tokens_per_s"] for runs in found.values()) for n in range(rounds)]
     made = Table(title=f"--{limit}; times in ms, medians of {rounds} rounds", title_justify="left")
-    for name in (limit, "tokens/s", "of the best", "TTFT mean", "p99", "ITL p50", "p99"):
+    for name in (limit, "tokens/s", "of the best", "TTFT mean", "p99", "ITL p50", "p99", "others"):
         made.add_column(name, justify="right")
     for value, runs in found.items():
         medians = {name: median(run[name] for run in runs) for name in KEPT}
         share = median(runs[n]["output_tokens_per_s"] / best[n] for n in range(rounds))
         times = [f"{1e3 * medians[name]:,.1f}" for name in KEPT[1:]]
-        made.add_row(value, f"{medians['output_tokens_per_s']:,.0f}", f"{share:.0%}", *times)
+        others = max(run.get("foreign_cores", 0.0) for run in runs)
+        speed = f"{medians['output_tokens_per_s']:,.0f}"
+        made.add_row(value, speed, f"{share:.0%}", *times, f"{others:.2f}")
     return made
 
 
 def _words(measured: Measured) -> str:
     times = ", ".join(f"{name[:-2]} {1e3 * measured[name]:.1f} ms" for name in KEPT[1:])
-    return f"{measured['output_tokens_per_s']:.0f} tokens/s, {times}"
+    others = f"{measured['foreign_cores']:.2f} cores kept busy by others"
+    return f"{measured['output_tokens_per_s']:.0f} tokens/s, {times}, {others}"
 
 
 def _kept(out: Path | None, settings: Json) -> dict[str, list[Measured]]:
