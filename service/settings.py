@@ -69,7 +69,7 @@ class ModelSettings(CommandSettings):
         ge=0,
         le=1000,
         description="beside running streams, prompts come in chunks that make a step at most about "
-        "so many times as long; 0: whole budgets",
+        "so many times as long, and longer where more requests begin than run; 0: whole budgets",
     )
     kv_cache_gb: float | None = Field(
         None, gt=0, description="memory for keys and values in GiB; without it, chosen by need"
