@@ -14,8 +14,6 @@ from statistics import median
 import numpy as np
 
 NUM_REMEMBERED = 8
-# The dearest of them counts: a late chunk has more to attend to than an early one.
-NUM_CHUNKS_REMEMBERED = 3
 # Less would cost more in steps than it saves in waiting.
 FEWEST_TOKENS = 16
 # What a token alone had cost is multiplied by before one was seen beside decodes.
@@ -31,7 +29,7 @@ class PromptPace:
         # Steps of decodes alone, (decodes, seconds), for each power of two of decodes: while
         # prompts come without a pause there are none of today's number.
         self._decode_s: dict[int, deque[tuple[int, float]]] = {}
-        self._token_s: deque[float] = deque(maxlen=NUM_CHUNKS_REMEMBERED)  # a prompt token adds
+        self._token_s: deque[float] = deque(maxlen=NUM_REMEMBERED)  # what a prompt token adds
 
     def stepped(self, step_s: float, num_decodes: int, num_prompt_tokens: int) -> None:
         """Book a step's time and what was in it."""
@@ -55,15 +53,15 @@ class PromptPace:
 
         num_decoding: sequences that write, and wait for the step.
         num_starting: sequences with a seat that wait for their first token. Where they are more
-            than the others, the bound grows as many times: after a burst of requests, small
-            chunks would keep many from beginning for the sake of few.
+            than half of the others, the bound grows with their share: after a burst of requests,
+            small chunks would keep many from beginning for the sake of few.
         """
         if not self._max_step_ratio or not self._decode_s or not self._token_s:
             return None
-        token_s = max(self._token_s)
+        token_s = max(self._token_s)  # a late chunk of a long prompt costs more than an early one
         if not num_decoding or token_s <= 0:
             return None
-        ratio = self._max_step_ratio * max(1.0, num_starting / num_decoding)
+        ratio = self._max_step_ratio * max(1.0, 2 * num_starting / num_decoding)
         wanted = (ratio - 1) * self._decodes_alone_s(num_decoding) / token_s
         return max(FEWEST_TOKENS, int(wanted))
 
