@@ -10,8 +10,9 @@ deterministic mode costs, a start, and the tests that need a GPU. Each part is a
 with a time limit; the report is written again after each. What fails, hangs, is not installed or
 finds no time left is said in the report and costs nothing else.
 
-It needs torch, triton, numpy, safetensors, jaxtyping and msgspec; parts that need more say so when
-they are skipped. On a machine without them and without a network, bring them along:
+It needs torch, triton, numpy, safetensors, tokenizers, rich, jaxtyping and msgspec; parts that need
+more, or what is not there, are skipped and say what is missing. To a machine without a network,
+bring them along:
 
     python -m loadtests.gpu.packages --python 3.12     # fills .gpu-packages/, to be taken along
 """

@@ -17,11 +17,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 BROUGHT = ROOT / ".gpu-packages"
 
-ENGINE = ("torch", "triton", "numpy", "safetensors", "jaxtyping", "msgspec", "rich")
+ENGINE = (
+    "torch", "triton", "numpy", "safetensors", "tokenizers", "jaxtyping", "msgspec", "rich",
+)  # fmt: skip
 TRANSFORMERS = (*ENGINE, "transformers")
 SERVER = (
     *ENGINE,
-    *("tokenizers", "huggingface_hub", "jinja2", "fastapi", "uvicorn", "uvloop", "httptools"),
+    *("huggingface_hub", "jinja2", "fastapi", "uvicorn", "uvloop", "httptools"),
     *("pydantic", "pydantic_settings", "prometheus_client", "zmq", "structlog"),
     *("httpx2", "psutil"),  # the client's
 )

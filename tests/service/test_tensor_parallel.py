@@ -109,8 +109,8 @@ def test_nothing_is_left_behind(tmp_path: Path, end: Callable[[Server], None]) -
     with running_server(tmp_path, *TWO, "--drain-s", "0") as server:
         family = psutil.Process(server.process.pid).children(recursive=True)
         assert ranks_of(server)
-        events = server.events(LONG)
-        for _ in range(10):
+        events = server.events(LONG | {"max_tokens": 400})
+        for _ in range(3):
             next(events)
         end(server)
         assert gone(family)
