@@ -181,3 +181,6 @@ def join(group: Group, folder: Path, device: torch.device) -> None:
         timeout=MEET_LIMIT,
         device_id=device if device.type == "cuda" else None,
     )
+    # Who comes first must not take the folder away that the others still look into: after a sum of
+    # all, all are through.
+    group.least(0, device)
