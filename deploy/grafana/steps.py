@@ -111,9 +111,13 @@ def _a_sequence_s_life(dashboard: Dashboard) -> None:
     dashboard.with_panel(
         graph(
             "Put back to make room",
-            "Preemptions: computed again later. The KV cache is too small for the batch.",
+            "Preemptions: computed again later. The KV cache is too small for the batch, or a step "
+            "found no memory on the device.",
             "ops",
-            {"preemptions": rate("vitrine_engine_preemptions_total")},
+            {
+                "preemptions": rate("vitrine_engine_preemptions_total"),
+                "steps without memory": rate("vitrine_engine_memory_shortages_total"),
+            },
         )
     )
     dashboard.with_panel(
