@@ -13,7 +13,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from tests.interpreter import sum_products_in_order
 from tests.servers import Server, running_server
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    sum_products_in_order()
 
 
 @pytest.fixture(scope="session")
