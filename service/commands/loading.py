@@ -17,6 +17,7 @@ from model.hub import HubError, resolve_model
 from model.tokenizer import Tokenizer, TokenizerError
 from service.chat_renderer import ChatRenderer
 from service.client import EngineClient
+from service.garbage import keep_what_is_there
 from service.settings import Settings, engine_config
 
 log = logging.getLogger("vitrine")
@@ -69,6 +70,7 @@ class LoadedModel:
             template = await asyncio.to_thread(read_chat_template, directory, override)
             tokenizer = await asyncio.to_thread(Tokenizer.from_directory, directory)
             self.chat_renderer = None if template is None else ChatRenderer(template)
+            keep_what_is_there()
             self.tokenizer = tokenizer  # last: with it, requests are taken
             await self._check_chat()
         except (HubError, TokenizerError, ChatTemplateError) as error:

@@ -42,6 +42,7 @@ from service.engine.messages import (
 )
 from service.engine.outbox import Outbox
 from service.engine.recorder import Recorder
+from service.garbage import keep_what_is_there
 
 if TYPE_CHECKING:
     from service.engine.core import EngineCore
@@ -102,6 +103,7 @@ def serve(socket: zmq.Socket[bytes]) -> None:
     core.recorder = Recorder(_folder())
     guests = Guests(core.explain, partial(send, socket), core.recorder)
     outbox = Outbox(config.max_events_s)
+    keep_what_is_there()
     while handle_messages(socket, core, outbox, guests):
         heartbeat.step_begins()
         stepped = core.has_work
