@@ -32,6 +32,7 @@ __all__ = [
 
 
 # A server that ends answers no more; another in its place may.
+MAX_TOGETHER = 16  # continuations of a request that an empty house takes, however small it is
 RETRY_ELSEWHERE_S = 5.0
 
 
@@ -300,17 +301,19 @@ class EngineClient:
         info = self._available()
         for request in requests:
             _check_fits(request, info)
-        if len(requests) > self.max_in_flight:
+        most = max(self.max_in_flight, MAX_TOGETHER)
+        if len(requests) > most:
             raise NeverFitsError(
                 f"{len(requests)} continuations were asked for; this server runs or queues "
-                f"{self.max_in_flight} at most",
+                f"{most} at most",
                 field="n",
             )
         self._check_wait(timeout_s)
-        if self.in_flight + len(requests) > self.max_in_flight:
-            excess = self.in_flight + len(requests) - self.max_in_flight
+        excess = self.in_flight + len(requests) - self.max_in_flight
+        if self.in_flight and excess > 0:
             raise QueueFullError(
-                f"{self.in_flight} requests are in flight; the limit is {self.max_in_flight}",
+                f"{self.in_flight} continuations are in flight and this request has "
+                f"{len(requests)}; the limit is {self.max_in_flight}",
                 retry_after_s=self._backlog.time_for_requests(excess),
             )
         self._admit_tokens(sum(request.num_tokens for request in requests))

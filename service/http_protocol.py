@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import uuid
 from dataclasses import dataclass
 from http import HTTPStatus
 
@@ -71,6 +72,10 @@ class BoundedProtocol(HttpToolsProtocol):
                 )
             )
 
+    def send_400_response(self, msg: str) -> None:
+        """What uvicorn calls for bytes that are no HTTP/1.1 request."""
+        self._refuse(ProblemError("bad-request", 400, msg))
+
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._await_head()
@@ -108,11 +113,12 @@ class BoundedProtocol(HttpToolsProtocol):
         )
 
     def _refuse(self, error: ProblemError) -> None:
-        """Answer before there is a request, and close. Amid another's answer, close only."""
+        """Answer before the app does, and close. Amid an answer, close only."""
         self._stop_timer()
         if self.transport.is_closing():
             return
-        if self.cycle is None or self.cycle.response_complete:
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete or not cycle.response_started:
             self.transport.write(_raw_response(error))
         log.debug("a connection was closed: %s", error.detail)
         self.transport.close()
@@ -124,8 +130,10 @@ def bounded(limits: ConnectionLimits) -> type[BoundedProtocol]:
 
 
 def _raw_response(error: ProblemError) -> bytes:
-    body = msgspec.json.encode(error.problem("none"))
+    request_id = uuid.uuid4().hex  # the client's own may be in what was not read
+    body = msgspec.json.encode(error.problem(request_id))
     headers = {
+        "x-request-id": request_id,
         "content-type": MEDIA_TYPE,
         "content-length": str(len(body)),
         "connection": "close",

@@ -226,6 +226,8 @@ def _describe(error: ErrorDetails) -> str:
         return f"{path}: this field is required"
     if kind == "extra_forbidden":
         return f"{path}: unknown or unsupported field"
+    if not path and kind in ("model_type", "dict_type"):
+        return f"the body: it must be a JSON object, got {_show(error['input'])}"
     return f"{path or 'the body'}: {error['msg']}, got {_show(error['input'])}"
 
 

@@ -231,7 +231,7 @@ class Generation:
         items: list[Item] = []
         for continuation in self._open:
             continuation.stream.cancel()
-            items += continuation.end(finish_reason)
+            items += continuation.end(finish_reason, self._clock())
             self._ended(continuation)
         self._open.clear()
         return items

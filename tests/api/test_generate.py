@@ -331,6 +331,14 @@ async def test_the_deadline_ends_it_with_what_it_has(house: Houses) -> None:
         assert h.counts()["requests_finished_total:timeout"] == 1
 
 
+async def test_what_never_began_waited_all_its_time(house: Houses) -> None:
+    h = house()
+    exchange = h.exchange({"prompt": "a", "timeout_s": 0.2})
+    [done] = of_type(await exchange.finish(), "done", 0)
+    assert 0.2 <= done["timing"]["queue_s"] < 5
+    assert done["timing"]["time_to_first_token_s"] is None
+
+
 @pytest.mark.parametrize("n", [1, 2])
 async def test_the_deadline_ends_it_though_the_client_does_not_read(house: Houses, n: int) -> None:
     """It ends at once, and with every token that had come, sent or not."""

@@ -199,11 +199,23 @@ async def test_a_replacement_that_takes_longer_than_the_request_may_is_a_503(
 
 async def test_a_full_queue_is_a_429_and_what_never_fits_is_not(engine: PlayedEngine) -> None:
     engine.submit(8)
-    with pytest.raises(QueueFullError, match="8 requests are in flight; the limit is 8"):
+    with pytest.raises(QueueFullError, match=r"8 continuations are in flight .* limit is 8"):
         engine.submit()
-    with pytest.raises(NeverFitsError, match="9 continuations") as refused:
-        engine.submit(9)
+    with pytest.raises(NeverFitsError, match=r"17 continuations .* 16 at most") as refused:
+        engine.submit(17)
     assert refused.value.field == "n"
+
+
+async def test_an_empty_house_takes_every_continuation_of_one_request(
+    engine: PlayedEngine,
+) -> None:
+    """`n` is 1 .. 16 for every server, however small its queue."""
+    entries = engine.submit(16)
+    with pytest.raises(QueueFullError, match="16 continuations are in flight"):
+        engine.submit()
+    for entry in entries:
+        entry.cancel()
+    assert engine.submit()
 
 
 async def test_the_numbers_of_what_does_not_fit(engine: PlayedEngine) -> None:

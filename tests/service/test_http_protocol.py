@@ -186,3 +186,25 @@ def test_a_client_that_sends_all_before_it_reads_sees_why_it_was_refused() -> No
             assert (status, kind) == (413, "urn:vitrine:problem:too-large")
         status, kind = refused(address, iter([b"x" * 60_000] * 100), headers)
         assert (status, kind) == (413, "urn:vitrine:problem:too-large")
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"what is this\r\n\r\n",
+        b"POST /generate HTTP/1.1\r\nHost: here\r\nContent-Length: abc\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHo\0st: here\r\n\r\n",
+        b"POST /generate HTTP/1.1\r\nHost: here\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n",
+    ],
+)
+def test_what_is_no_request_is_a_problem_with_an_id(sent: bytes) -> None:
+    with served(make_app()) as address, closing(socket.create_connection(address)) as connection:
+        connection.sendall(sent)
+        head, _, body = read_all(connection).partition(b"\r\n\r\n")
+    status, *lines = head.decode().split("\r\n")
+    headers = dict(line.lower().split(": ", 1) for line in lines)
+    problem = json.loads(body)
+    assert status == "HTTP/1.1 400 Bad Request"
+    assert headers["content-type"] == "application/problem+json"
+    assert headers["x-request-id"] == problem["instance"]
+    assert (problem["status"], problem["title"]) == (400, "Bad Request")
