@@ -15,8 +15,6 @@ WORKERS ?= 2
 SUDO ?= $(shell test "$$(id -u)" = 0 || echo sudo)
 # Extra words for pip, such as an index that has CPU builds of torch.
 PIP_ARGS ?=
-# Processes that run tests.
-WORKERS ?= 2
 # Anything here: install CUDA packages even where no GPU is found.
 CUDA ?=
 

@@ -12,7 +12,7 @@ from typing import Any
 from service import engine_process
 from service.buckets import Distribution
 from service.engine_record import EngineRecord
-from service.metrics import Metrics
+from service.metric_recording import Metrics
 
 RECORDERS = {
     Distribution: ("observe",),

@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
 from service.client import Engine
-from service.metrics import Metrics
+from service.metric_recording import Metrics
 
 ALIASES = ("otel", "gateway")
 _PROVIDER = "vitrine"

@@ -82,6 +82,7 @@ def check(url: str, num_cases: int, seed: int, key: str | None) -> Found:
         result = one_pass(url, phases, num_examples, found.seeds[-1], key)
         cases = result["test_cases"]["generated"]  # type: ignore[index]
         found.num_cases += cases
+        print(f"seed {found.seeds[-1]}: {found.num_cases:,} of {num_cases:,} cases", flush=True)
         if result["failures"] or result["errors"]:
             found.failures.append(str(result["said"]))
         if not cases or found.failures:

@@ -20,7 +20,7 @@ from service.api.structured_output import check_grammar, requested_grammar
 from service.api.text import StopStrings
 from service.client import EngineUnavailableError, NeverFitsError, QueueFullError
 from service.engine.messages import ModelInfo
-from service.metrics import Metrics
+from service.metric_recording import Metrics
 
 
 async def make_plan(

@@ -38,7 +38,8 @@ from service.chat_renderer import ChatRenderer
 from service.client import Engine
 from service.metric_aliases import register_aliases
 from service.metric_collectors import BuildCollector, DeviceCollector, EngineCollector
-from service.metrics import Metrics, Requests
+from service.metric_recording import Metrics
+from service.metrics import Requests
 
 DESCRIPTION = "One transformer, one batched engine, one HTTP service."
 

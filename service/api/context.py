@@ -15,7 +15,7 @@ from service.chat_renderer import ChatRenderer
 from service.client import Engine, EngineUnavailableError
 from service.engine.messages import ModelInfo
 from service.metric_collectors import DeviceCollector
-from service.metrics import Metrics
+from service.metric_recording import Metrics
 
 RETRY_AFTER_START_S = 2.0  # a guess at how long loading still takes
 

@@ -31,7 +31,8 @@ from service.api.openapi import describe
 from service.api.visit import Ticket, visit_of
 from service.engine.explain_messages import Explained
 from service.explanations import Explanation
-from service.metrics import ExplainOutcome, Metrics, Outcome
+from service.metric_recording import Metrics
+from service.metrics import ExplainOutcome, Outcome
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,8 @@ from service.api.text import AnswerText, StopStrings
 from service.client import Engine, EngineUnavailableError
 from service.engine.messages import SequenceOutput
 from service.journal import SequenceRequest
-from service.metrics import AbortReason, Metrics, Outcome
+from service.metric_recording import Metrics
+from service.metrics import AbortReason, Outcome
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,8 @@ from service.api.generation import Generation
 from service.api.identity import key_name_of
 from service.api.playground import FILES_ROUTE
 from service.api.quotas import Charge, KeyQuotas
-from service.metrics import Metrics, Outcome
+from service.metric_recording import Metrics
+from service.metrics import Outcome
 
 log = logging.getLogger("vitrine.request")
 

@@ -30,7 +30,8 @@ from service.commands.loading import LoadedModel
 from service.grammars.checker import GrammarChecker
 from service.http_protocol import ConnectionLimits, bounded
 from service.metric_aliases import AliasError, parse_aliases
-from service.metrics import Http, Metrics, Requests
+from service.metric_recording import Metrics
+from service.metrics import Http, Requests
 from service.settings import Settings, SettingsError, given_roofline
 from service.tracing import TracingError, start_tracing
 

@@ -18,7 +18,8 @@ from service.api.limits import ApiLimits
 from service.client import QueueFullError
 from service.engine.messages import EngineStats, Measured, StepRecord
 from service.metric_families import PREFIX
-from service.metrics import SECTIONS, Http, Metrics, Requests, vocabulary
+from service.metric_recording import Metrics
+from service.metrics import SECTIONS, Http, Requests, vocabulary
 from tests.api.fake_engine import INFO, FakeEngine, FakeStream, say
 
 Houses = Callable[..., Any]
