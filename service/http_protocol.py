@@ -4,6 +4,9 @@ of a request may be, and how many connections there are.
 The parser (httptools) keeps collecting a header that never ends, and a connection that sends
 nothing is kept for ever: each would let a stranger take memory or sockets for free. Bodies are
 bounded by the app (service/api/middleware.py).
+
+When the server ends, a request may be on its way on a connection that is idle; closed at once, the
+connection would be reset under it. It is answered first, and told that it was the last.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ class ConnectionLimits:
     max_connections: int = 4096
     max_silent_bytes: int = 64 * 1024  # received without a head, a piece of body or an end
     head_s: float = 30.0  # from the connection, or a request's first byte, to the end of its head
+    last_word_s: float = 0.2  # how long a request may be on its way when the server ends
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -37,6 +41,7 @@ class BoundedProtocol(HttpToolsProtocol):
     limits = ConnectionLimits()
     _silent_bytes = 0
     _head_timer: asyncio.TimerHandle | None = None
+    _is_ending = False  # the server is
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -84,6 +89,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stop_timer()
         self._silent_bytes = 0
         super().on_headers_complete()
+        if self._is_ending and self.cycle is not None:
+            self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         self._silent_bytes = 0
@@ -92,6 +99,25 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._silent_bytes = 0
         super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._is_ending:
+            self._close_soon()
+
+    def shutdown(self) -> None:
+        """The server ends: close once nothing more can be on its way."""
+        self._is_ending = True
+        if self.cycle is not None and not self.cycle.response_started:
+            self.cycle.keep_alive = False
+        self._close_soon()
+
+    def _close_soon(self) -> None:
+        self.loop.call_later(self.limits.last_word_s, self._close_if_idle)
+
+    def _close_if_idle(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
 
     def _await_head(self) -> None:
         self._stop_timer()

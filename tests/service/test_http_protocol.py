@@ -22,6 +22,7 @@ from tests.api.conftest import make_tokenizer
 from tests.api.fake_engine import FakeEngine, say
 
 Address = tuple[str, int]
+servers: dict[Address, uvicorn.Server] = {}
 
 
 def make_app(**limits: int) -> FastAPI:
@@ -47,6 +48,7 @@ def served(app: FastAPI, **limits: float) -> Iterator[Address]:
         while not server.started:
             assert time.monotonic() < deadline
             time.sleep(0.005)
+        servers[listener.getsockname()] = server
         yield listener.getsockname()
     finally:
         server.should_exit = True
@@ -208,3 +210,37 @@ def test_what_is_no_request_is_a_problem_with_an_id(sent: bytes) -> None:
     assert headers["content-type"] == "application/problem+json"
     assert headers["x-request-id"] == problem["instance"]
     assert (problem["status"], problem["title"]) == (400, "Bad Request")
+
+
+@pytest.mark.parametrize("had_a_request", [False, True])
+def test_a_request_on_its_way_while_the_server_ends_is_answered(had_a_request: bool) -> None:
+    """On a connection without a request yet, and on one that is kept alive."""
+    asked = b"GET /health/live HTTP/1.1\r\nHost: here\r\n\r\n"
+    with (
+        served(make_app(), last_word_s=5.0) as address,
+        closing(socket.create_connection(address)) as connection,
+    ):
+        if had_a_request:
+            connection.sendall(asked)
+            first = b""
+            while not first.endswith(b'{"status":"live"}'):
+                first += connection.recv(4096)
+            assert first.startswith(b"HTTP/1.1 200 OK\r\n")
+        servers[address].should_exit = True
+        until_refused(address)
+        connection.sendall(asked)
+        answer = read_all(connection)
+    assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert b"\r\nconnection: close\r\n" in answer
+
+
+def until_refused(address: Address) -> None:
+    """Until the server listens no more."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection(address, timeout=1).close()
+        except OSError:
+            return
+        time.sleep(0.005)
+    raise AssertionError("the server goes on listening")
