@@ -31,8 +31,8 @@ __all__ = [
 ]
 
 
+MAX_CONTINUATIONS = 16  # of a prompt; an empty house takes them all, however small it is
 # A server that ends answers no more; another in its place may.
-MAX_TOGETHER = 16  # continuations of a request that an empty house takes, however small it is
 RETRY_ELSEWHERE_S = 5.0
 
 
@@ -301,7 +301,7 @@ class EngineClient:
         info = self._available()
         for request in requests:
             _check_fits(request, info)
-        most = max(self.max_in_flight, MAX_TOGETHER)
+        most = max(self.max_in_flight, MAX_CONTINUATIONS)
         if len(requests) > most:
             raise NeverFitsError(
                 f"{len(requests)} continuations were asked for; this server runs or queues "
@@ -314,7 +314,7 @@ class EngineClient:
             raise QueueFullError(
                 f"{self.in_flight} continuations are in flight and this request has "
                 f"{len(requests)}; the limit is {self.max_in_flight}",
-                retry_after_s=self._backlog.time_for_requests(excess),
+                retry_after_s=self._backlog.time_for_requests(min(self.in_flight, excess)),
             )
         self._admit_tokens(sum(request.num_tokens for request in requests))
 

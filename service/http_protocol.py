@@ -41,7 +41,8 @@ class BoundedProtocol(HttpToolsProtocol):
     limits = ConnectionLimits()
     _silent_bytes = 0
     _head_timer: asyncio.TimerHandle | None = None
-    _is_ending = False  # the server is
+    _closing_timer: asyncio.TimerHandle | None = None
+    is_ending = False  # the server is; set on the class, also for connections still being made
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -56,9 +57,13 @@ class BoundedProtocol(HttpToolsProtocol):
             )
             return
         self._await_head()
+        if self.is_ending:
+            self._close_soon()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        if self._closing_timer is not None:
+            self._closing_timer.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -89,7 +94,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stop_timer()
         self._silent_bytes = 0
         super().on_headers_complete()
-        if self._is_ending and self.cycle is not None:
+        if self.is_ending and self.cycle is not None:
             self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
@@ -102,18 +107,20 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self._is_ending:
+        if self.is_ending:
             self._close_soon()
 
     def shutdown(self) -> None:
         """The server ends: close once nothing more can be on its way."""
-        self._is_ending = True
+        type(self).is_ending = True
         if self.cycle is not None and not self.cycle.response_started:
             self.cycle.keep_alive = False
         self._close_soon()
 
     def _close_soon(self) -> None:
-        self.loop.call_later(self.limits.last_word_s, self._close_if_idle)
+        if self._closing_timer is not None:
+            self._closing_timer.cancel()
+        self._closing_timer = self.loop.call_later(self.limits.last_word_s, self._close_if_idle)
 
     def _close_if_idle(self) -> None:
         if self.cycle is None or self.cycle.response_complete:
@@ -139,24 +146,29 @@ class BoundedProtocol(HttpToolsProtocol):
         )
 
     def _refuse(self, error: ProblemError) -> None:
-        """Answer before the app does, and close. Amid an answer, close only."""
+        """Answer instead of the app, and close. Where the client waits for another answer first,
+        close only."""
         self._stop_timer()
         if self.transport.is_closing():
             return
-        cycle = self.cycle
-        if cycle is None or cycle.response_complete or not cycle.response_started:
-            self.transport.write(_raw_response(error))
-        log.debug("a connection was closed: %s", error.detail)
+        cycle, request_id = self.cycle, uuid.uuid4().hex
+        is_next = not self.pipeline and (cycle is None or cycle.response_complete)
+        if cycle is not None and cycle.more_body and not cycle.response_started:
+            is_next = not self.pipeline  # the request that is still coming is the one at fault
+            request_id = cycle.scope.get("state", {}).get("request_id", request_id)
+        if is_next:
+            self.transport.write(_raw_response(error, request_id))
+        log.debug("a connection was closed: %s", error.detail, extra={"id": request_id})
         self.transport.close()
 
 
 def bounded(limits: ConnectionLimits) -> type[BoundedProtocol]:
-    """The protocol with these limits; uvicorn makes one for each connection, from the class."""
+    """The protocol of one server with these limits; uvicorn makes one for each connection, from
+    the class."""
     return type("BoundedProtocol", (BoundedProtocol,), {"limits": limits})
 
 
-def _raw_response(error: ProblemError) -> bytes:
-    request_id = uuid.uuid4().hex  # the client's own may be in what was not read
+def _raw_response(error: ProblemError, request_id: str) -> bytes:
     body = msgspec.json.encode(error.problem(request_id))
     headers = {
         "x-request-id": request_id,

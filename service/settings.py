@@ -125,7 +125,10 @@ class Settings(ModelSettings):
         "command lines are seen by every user of a machine",
     )
     max_queue_requests: int = Field(
-        256, ge=0, description="requests that may wait beyond max-num-seqs before 429"
+        256,
+        ge=0,
+        description="sequences that may wait beyond max-num-seqs before 429; into "
+        "an empty house goes any request",
     )
     max_queue_tokens: int = Field(
         2**20,

@@ -2,8 +2,8 @@
 
 A GPU's tile gives each row of a product the same bits wherever in the tile it lies. The interpreter
 hands its tiles to NumPy's BLAS, which promises no such thing: on some processors (AMD's family 26)
-a row's bits depend on its place among the others. Here a product is one chain of additions over k,
-as in the tile of a GPU.
+a row's bits depend on its place among the others. Here a product is one chain of additions over k.
+What is tested for its bits is then the rest: masks, tiling, what a step computes beside what.
 """
 
 from __future__ import annotations
@@ -19,11 +19,8 @@ def sum_products_in_order() -> None:
         from triton.runtime import interpreter
     except ImportError:
         return
-    blas = interpreter.InterpreterBuilder.create_dot
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
-        if a.dtype.primitive_bitwidth == 8 or b.dtype.primitive_bitwidth == 8:
-            return blas(self, a, b, d, *rest)  # float8 is stored as integers
         left, right = a.data.astype(d.data.dtype), b.data.astype(d.data.dtype)
         total = np.zeros_like(d.data)
         for k in range(left.shape[-1]):

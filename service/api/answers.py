@@ -55,7 +55,13 @@ class Usage(msgspec.Struct, frozen=True):
 class Timing(msgspec.Struct, frozen=True):
     """Where the time went, in seconds."""
 
-    queue_s: Annotated[float, Meta(description="From arrival at the engine to its first step.")]
+    queue_s: Annotated[
+        float,
+        Meta(
+            description="From arrival at the engine to its first step; all the time where there "
+            "was no token."
+        ),
+    ]
     prefill_s: Annotated[float, Meta(description="From there to the first token.")]
     time_to_first_token_s: Annotated[
         float | None, Meta(description="From the request's arrival; null if there was no token.")

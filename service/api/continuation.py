@@ -29,13 +29,13 @@ class Times:
     prefill_s: float = 0.0
     first_s: float | None = None  # None: no token yet
     last_s: float = 0.0
-    ended_s: float = 0.0  # when it was answered to its end
+    seen_s: float = 0.0  # when something was last heard of it, or done to it
 
     def timing(self, num_tokens: int) -> Timing:
-        """What a client is told of it. Until the engine tells of a first token, all is waiting."""
+        """What a client is told of it. The engine tells of its queue with a first token: without
+        one, all the time was waiting."""
         if self.first_s is None:
-            waited_s = max(self.ended_s - self.arrived_s, self.queue_s)
-            return Timing(_rounded(waited_s), _rounded(self.prefill_s), None, 0.0, 0.0)
+            return Timing(_rounded(self.seen_s - self.arrived_s), 0.0, None, 0.0, 0.0)
         running_s = max(self.last_s - self.arrived_s - self.queue_s, _SHORTEST_S)
         return Timing(
             queue_s=_rounded(self.queue_s),
@@ -105,7 +105,7 @@ class Continuation:
     def take(self, output: SequenceOutput, now_s: float) -> list[Delta | Done]:
         """What an output of the engine tells the client."""
         times = self.times
-        times.ended_s = now_s
+        times.seen_s = now_s
         times.queue_s = max(times.queue_s, output.queue_s)
         times.prefill_s = max(times.prefill_s, output.prefill_s)
         self._num_cached = max(self._num_cached, output.cached_prompt_tokens)
@@ -131,7 +131,7 @@ class Continuation:
 
     def end(self, finish_reason: str, now_s: float) -> list[Delta | Done]:
         """End it from our side, with what it has; the caller cancels the stream."""
-        self.times.ended_s = now_s
+        self.times.seen_s = now_s
         rest = self._answer.finish()
         return self._finish(rest.text, [], None, finish_reason, None)
 

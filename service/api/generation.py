@@ -253,6 +253,7 @@ class Generation:
         self._settled = True
         self._deadline.cancel()
         for continuation in self._open:
+            continuation.times.seen_s = self._clock()
             continuation.stream.cancel()
         self._house.forget(self)
         self._house.metrics.ended(

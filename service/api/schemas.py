@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 from service.api.errors import TAG_MARK
 from service.api.request_body import RequestBody
 from service.api.response_format import ResponseFormat
+from service.client import MAX_CONTINUATIONS
 
 MAX_SEED = 2**63 - 1
 MAX_TOKEN_ID = 2**31 - 1
@@ -99,7 +100,12 @@ class SamplingFields(RequestBody):
         le=MAX_SEED,
         description="The same seed draws the same tokens. Null: the server draws one and says it.",
     )
-    n: int = Field(1, ge=1, le=16, description="Independent continuations; number i uses seed + i.")
+    n: int = Field(
+        1,
+        ge=1,
+        le=MAX_CONTINUATIONS,
+        description="Independent continuations; number i uses seed + i.",
+    )
     stop: Stop = Field(
         default_factory=list,
         description="Up to 16 strings that end a continuation; they are not part of its text.",

@@ -28,7 +28,7 @@ from service.commands.connections import (
 from service.commands.door import api_limits, check_tls, warn_if_open
 from service.commands.loading import LoadedModel
 from service.grammars.checker import GrammarChecker
-from service.http_protocol import ConnectionLimits, bounded
+from service.http_protocol import BoundedProtocol, ConnectionLimits, bounded
 from service.metric_aliases import AliasError, parse_aliases
 from service.metric_recording import Metrics
 from service.metrics import Http, Requests
@@ -92,6 +92,8 @@ class DrainingServer(uvicorn.Server):
         # takes nothing, and at last if it takes too little.
         self.slow_reader_s = min(self.slow_reader_s, LAST_SLOW_READER_S)
         hang_up = self._loop.call_later(LAST_BYTES_S, self._hang_up)
+        if issubclass(protocol := self.config.http_protocol_class, BoundedProtocol):
+            protocol.is_ending = True
         try:
             await super().shutdown(sockets)
         finally:

@@ -82,6 +82,7 @@ def connect(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.Socke
 def serve(socket: zmq.Socket[bytes]) -> None:
     """Start as told, then step until shut down."""
     missing = import_libraries()
+    keep_what_is_there()  # nearly all there will be; a standby has the time for it
     config = receive(socket)
     if not isinstance(config, EngineConfig):
         raise TypeError(f"the first message must be EngineConfig, got {type(config).__name__}")
@@ -103,7 +104,6 @@ def serve(socket: zmq.Socket[bytes]) -> None:
     core.recorder = Recorder(_folder())
     guests = Guests(core.explain, partial(send, socket), core.recorder)
     outbox = Outbox(config.max_events_s)
-    keep_what_is_there()
     while handle_messages(socket, core, outbox, guests):
         heartbeat.step_begins()
         stepped = core.has_work

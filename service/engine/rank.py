@@ -18,6 +18,7 @@ import numpy as np
 
 from service import logs
 from service.engine.rank_messages import ClearBlocks, LaunchStep, Lead, Loaded, ToRank, read
+from service.garbage import keep_what_is_there
 
 
 def main() -> int:
@@ -55,6 +56,7 @@ def _serve(lead: Lead, messages: queue.SimpleQueue[ToRank], answer: TextIO) -> N
     except (StartError, CheckpointError, ConfigError, RuntimeError, MemoryError) as error:
         _tell(answer, Loaded(str(error).partition("\n")[0] or type(error).__name__))
         return
+    keep_what_is_there()
     _tell(answer, Loaded())
     steps = make_steps(lead, model, device)
     while True:

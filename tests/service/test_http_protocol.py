@@ -22,7 +22,6 @@ from tests.api.conftest import make_tokenizer
 from tests.api.fake_engine import FakeEngine, say
 
 Address = tuple[str, int]
-servers: dict[Address, uvicorn.Server] = {}
 
 
 def make_app(**limits: int) -> FastAPI:
@@ -32,6 +31,12 @@ def make_app(**limits: int) -> FastAPI:
 
 @contextmanager
 def served(app: FastAPI, **limits: float) -> Iterator[Address]:
+    with running(app, **limits) as (address, _):
+        yield address
+
+
+@contextmanager
+def running(app: FastAPI, **limits: float) -> Iterator[tuple[Address, uvicorn.Server]]:
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     config = uvicorn.Config(
@@ -48,8 +53,7 @@ def served(app: FastAPI, **limits: float) -> Iterator[Address]:
         while not server.started:
             assert time.monotonic() < deadline
             time.sleep(0.005)
-        servers[listener.getsockname()] = server
-        yield listener.getsockname()
+        yield listener.getsockname(), server
     finally:
         server.should_exit = True
         thread.join(10)
@@ -217,7 +221,7 @@ def test_a_request_on_its_way_while_the_server_ends_is_answered(had_a_request: b
     """On a connection without a request yet, and on one that is kept alive."""
     asked = b"GET /health/live HTTP/1.1\r\nHost: here\r\n\r\n"
     with (
-        served(make_app(), last_word_s=5.0) as address,
+        running(make_app(), last_word_s=5.0) as (address, server),
         closing(socket.create_connection(address)) as connection,
     ):
         if had_a_request:
@@ -226,7 +230,7 @@ def test_a_request_on_its_way_while_the_server_ends_is_answered(had_a_request: b
             while not first.endswith(b'{"status":"live"}'):
                 first += connection.recv(4096)
             assert first.startswith(b"HTTP/1.1 200 OK\r\n")
-        servers[address].should_exit = True
+        server.should_exit = True
         until_refused(address)
         connection.sendall(asked)
         answer = read_all(connection)
@@ -244,3 +248,58 @@ def until_refused(address: Address) -> None:
             return
         time.sleep(0.005)
     raise AssertionError("the server goes on listening")
+
+
+def test_an_idle_connection_is_closed_when_its_time_for_a_last_word_is_over() -> None:
+    with (
+        running(make_app(), last_word_s=0.3) as (address, server),
+        closing(socket.create_connection(address)) as connection,
+    ):
+        began = time.monotonic()
+        server.should_exit = True
+        assert read_all(connection) == b""
+        assert time.monotonic() - began >= 0.3
+
+
+POST = b"POST /generate HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+
+
+def asking(body: bytes) -> bytes:
+    return POST + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+
+
+def test_a_refusal_is_never_written_into_another_s_answer() -> None:
+    """A stream runs, a second request waits behind it, and what follows is no HTTP."""
+    app = create_app(ApiLimits(), FakeEngine(), make_tokenizer, "case")
+    body = b'{"prompt": "a"}'
+    with served(app) as address, closing(socket.create_connection(address)) as connection:
+        connection.sendall(asking(body))
+        first = b""
+        while b"event: start" not in first:
+            first += connection.recv(4096)
+        connection.sendall(asking(body) + b"what is this\r\n\r\n")
+        rest = read_all(connection)
+    assert b"HTTP/1.1" not in rest
+    assert b"problem" not in rest
+
+
+def test_a_late_second_head_does_not_answer_the_first_request() -> None:
+    """The first request is whole and computed; nobody may tell its client that it is not."""
+    app = create_app(ApiLimits(), FakeEngine(), make_tokenizer, "case")
+    with (
+        served(app, head_s=0.3) as address,
+        closing(socket.create_connection(address)) as connection,
+    ):
+        connection.sendall(asking(b'{"prompt": "a", "stream": false}') + b"GET /info HT")
+        assert read_all(connection) == b""
+
+
+def test_a_refused_body_has_the_id_of_its_request() -> None:
+    with served(make_app()) as address, closing(socket.create_connection(address)) as connection:
+        head = POST + b"X-Request-Id: mine\r\nTransfer-Encoding: chunked\r\n\r\n"
+        connection.sendall(head)
+        time.sleep(0.2)  # the app has begun with it
+        connection.sendall(b"xyz\r\n")
+        answer = read_all(connection)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b"\r\nx-request-id: mine\r\n" in answer
