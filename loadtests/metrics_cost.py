@@ -120,7 +120,7 @@ def recorders(num_streams: int, context: int) -> dict[str, float]:
     record = StepRecord(num_streams, num_streams, num_streams, *([0.001] * 5), 1e6, 1e6)
     outputs = [SequenceOutput(number, [7]) for number in numbers]
     bare = StepOutput(outputs, EngineStats())
-    full = StepOutput(outputs, EngineStats(), record)
+    full = StepOutput(outputs, EngineStats(), [record])
     books, gaps = EngineRecord(), Distribution(TOKEN_SECONDS)
 
     def engine() -> None:

@@ -134,7 +134,8 @@ def application(options: Options) -> Application:
         {"request_router_class": SESSION_ROUTER} if options.route == "session" else {}
     )
     make_deployment = serve.deployment(
-        name="vitrine",
+        # A proxy keeps the router that a deployment had when it first saw its name.
+        name=options.route,
         num_replicas=options.num_replicas if autoscaling is None else None,
         autoscaling_config=autoscaling,
         # The server itself bounds its queue, and says 429 and when to come again.
