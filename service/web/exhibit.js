@@ -63,10 +63,21 @@ export class Exhibit {
   choose() {
     this.#view.choose(page.state.token);
     this.redraw();
+    // Where the case begins low on the page, the card comes along for a part of the way.
+    for (let tries = 0; tries < 3; tries += 1) {
+      const top = this.#hiddenBy(byId("card"));
+      if (top === 0) return;
+      scrollBy({ top, behavior: "instant" });
+    }
+  }
+
+  /** By how much to scroll so that the kept token is seen above the card; 0 where it is seen. */
+  #hiddenBy(card) {
     const token = this.#view.boxOf(page.state.token);
-    const card = byId("card").getBoundingClientRect();
-    const isCovered = token && card.height && token.bottom > card.top && token.right > card.left;
-    if (isCovered && token.top < card.bottom) scrollBy({ top: token.bottom - card.top + 24 });
+    const box = card.getBoundingClientRect();
+    const isBeside = !token || token.right <= box.left;
+    if (isBeside || !box.height || token.bottom <= box.top || token.top >= box.bottom) return 0;
+    return token.bottom - box.top + 24;
   }
 
   /** The shades, the arcs and the card. */

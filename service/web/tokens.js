@@ -4,6 +4,10 @@
 import { PROBABILITY_STEPS, shadeOf, strength } from "./colours.js";
 import { h, percent, shown } from "./dom.js";
 
+// Where the card lies over the text (text.css), it would come between the pointer and a token that is
+// pointed at, go away for that, and come again.
+const isUnderCard = window.matchMedia("(max-width: 60rem)");
+
 export class TokenView {
   #list;
   #events;
@@ -86,7 +90,7 @@ export class TokenView {
   }
 
   #pointed(event) {
-    if (event.pointerType === "touch") return; // a finger chooses, by its click
+    if (event.pointerType === "touch" || isUnderCard.matches) return; // a click chooses
     const position = positionOf(event.target);
     if (position !== null) this.#setActive(position);
   }

@@ -53,9 +53,10 @@ def opened(browser: Browser) -> Opens:
         *,
         scheme: str = "light",
         size: dict[str, int] = DESKTOP,
+        touch: bool = False,
         expected: tuple[str, ...] = (),
     ) -> AsyncIterator[Page]:
-        context = await browser.new_context(viewport=size, color_scheme=scheme)
+        context = await browser.new_context(viewport=size, color_scheme=scheme, has_touch=touch)
         await context.grant_permissions(["clipboard-read", "clipboard-write"])
         page = await context.new_page()
         page.set_default_timeout(LIMIT_MS)

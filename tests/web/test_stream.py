@@ -178,12 +178,16 @@ async def seen(page) -> list[str]:  # type: ignore[no-untyped-def]
     return [await page.locator(part).first.inner_text() for part in parts]
 
 
-async def test_a_finger_chooses_a_token(server: Server, opened: Opens) -> None:
+@pytest.mark.parametrize("touch", [True, False])
+async def test_a_finger_and_a_mouse_choose_a_token_under_the_card(
+    server: Server, opened: Opens, touch: bool
+) -> None:
+    """On a narrow window the card lies over the text."""
     url = address(server.url, prompt=STORY, seed=3, shown="text")
-    async with opened(url, size=PHONE) as page:
+    async with opened(url, size=PHONE, touch=touch) as page:
         await generated(page)
         token = page.locator("#tokens .new").nth(2)
-        await token.click()
+        await (token.tap() if touch else token.click())
         await expect(token).to_have_attribute("aria-selected", "true")
         covered = await page.evaluate(
             "(id) => { const box = document.getElementById(id).getBoundingClientRect();"
