@@ -152,11 +152,11 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         cycle, request_id = self.cycle, uuid.uuid4().hex
-        is_next = not self.pipeline and (cycle is None or cycle.response_complete)
-        if cycle is not None and cycle.more_body and not cycle.response_started:
-            is_next = not self.pipeline  # the request that is still coming is the one at fault
+        is_coming = cycle is not None and cycle.more_body and not cycle.response_started
+        if is_coming:  # it is the one at fault, and the app has named it
             request_id = cycle.scope.get("state", {}).get("request_id", request_id)
-        if is_next:
+        is_next = is_coming or cycle is None or cycle.response_complete
+        if is_next and not self.pipeline:
             self.transport.write(_raw_response(error, request_id))
         log.debug("a connection was closed: %s", error.detail, extra={"id": request_id})
         self.transport.close()

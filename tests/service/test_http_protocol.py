@@ -296,9 +296,10 @@ def test_a_late_second_head_does_not_answer_the_first_request() -> None:
 
 def test_a_refused_body_has_the_id_of_its_request() -> None:
     with served(make_app()) as address, closing(socket.create_connection(address)) as connection:
-        head = POST + b"X-Request-Id: mine\r\nTransfer-Encoding: chunked\r\n\r\n"
-        connection.sendall(head)
-        time.sleep(0.2)  # the app has begun with it
+        head = POST + b"X-Request-Id: mine\r\nTransfer-Encoding: chunked\r\n"
+        connection.sendall(head + b"Expect: 100-continue\r\n\r\n")
+        going_on = b"HTTP/1.1 100 Continue\r\n\r\n"  # the app reads the body
+        assert connection.recv(len(going_on), socket.MSG_WAITALL) == going_on
         connection.sendall(b"xyz\r\n")
         answer = read_all(connection)
     assert answer.startswith(b"HTTP/1.1 400 ")
