@@ -163,8 +163,10 @@ def test_int8_weights_are_within_half_a_step_of_the_given_ones() -> None:
     packed = pack(linear, "int8")
     assert packed.scale is not None
     rounded = packed.unpacked().float()
-    half_step = packed.scale[:40, None] / 2 + linear.weight.abs() * 2**-8  # and bfloat16's
-    assert ((rounded - linear.weight).abs() <= half_step).all()
+    half_step = packed.scale[:40, None] / 2
+    # bfloat16 rounds the rounded weight, which may be larger than the given one by half a step.
+    bound = half_step + (linear.weight.abs() + half_step) * 2**-8
+    assert ((rounded - linear.weight).abs() <= bound).all()
 
     model = random_model(TINY_COMPILED).to(torch.bfloat16)
 
