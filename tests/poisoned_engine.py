@@ -2,7 +2,8 @@
 
 The forward of a step in which a sequence begins with POISONED_PROMPT, or an explanation of a text
 that does, raises, runs out of memory, aborts the process, leaves it, hangs, or takes LAYER_S for
-each layer; with `unborn` the process dies whenever it is to load the model.
+each layer; with `unborn` the process dies whenever it is to load the model; with `unhurried` every
+step of every request takes STEP_S longer while the file named by LINGER exists.
 `tests.poisoned_server` is a server with this engine.
 """
 
@@ -12,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from torch import Tensor
@@ -30,6 +32,7 @@ from service.engine.sights import Sights
 
 POISONED_PROMPT = [7, 7, 7, 7]
 LAYER_S = 0.8
+STEP_S = 0.01
 
 
 def raise_error() -> NoReturn:
@@ -51,6 +54,19 @@ def leave() -> NoReturn:
 
 def no_compiler() -> NoReturn:
     raise NativeKernelError("not in this test")
+
+
+def unhurried() -> None:
+    """What is killed in the middle of its streams must not be through with them before."""
+    healthy = Runner.run
+    linger = Path(os.environ["LINGER"])
+
+    def run(self: Runner, *inputs: Any) -> tuple[SampledTokens, Sights]:
+        if linger.exists():
+            time.sleep(STEP_S)
+        return healthy(self, *inputs)
+
+    Runner.run = run  # type: ignore[method-assign]
 
 
 def slow() -> None:
@@ -77,6 +93,9 @@ def poisoned(fault: str) -> None:
     """Put the fault into every runner of this process."""
     if fault == "unborn":
         loop.start = lambda *_: os.abort()
+        return
+    if fault == "unhurried":
+        unhurried()
         return
     if fault == "slow":
         native.load = no_compiler  # layers that Python can slow down

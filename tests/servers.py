@@ -29,6 +29,15 @@ class Server:
     url: str
     log: Path
     started_at: float
+    linger_file: Path
+
+    def linger(self) -> None:
+        """The engines of a server started `unhurried` take 10 ms longer for each step, until
+        `hurry`: what a test does to a stream is then done in its middle, on every machine."""
+        self.linger_file.touch()
+
+    def hurry(self) -> None:
+        self.linger_file.unlink()
 
     @property
     def engine(self) -> psutil.Process:
@@ -97,16 +106,28 @@ def free_port() -> int:
 
 @contextmanager
 def running_server(
-    folder: Path, *flags: str, ready: bool = True, module: str = "service"
+    folder: Path,
+    *flags: str,
+    ready: bool = True,
+    module: str = "service",
+    unhurried: bool = False,
 ) -> Iterator[Server]:
-    """Start a server with these flags; whatever is left of it in the end is killed."""
+    """Start a server with these flags; whatever is left of it in the end is killed.
+
+    `unhurried`: it lingers from the first step on.
+    """
+    module = "tests.poisoned_server" if unhurried else module
     port = free_port()
     log = folder / f"server-{port}.log"
     command = [sys.executable, "-m", module, "serve", "--port", str(port), *flags]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("VITRINE_")}
+    linger_file = folder / f"linger-{port}"
+    if unhurried:
+        environment |= {"POISON": "unhurried", "LINGER": str(linger_file)}
+        linger_file.touch()
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
-    server = Server(process, f"http://127.0.0.1:{port}", log, time.monotonic())
+    server = Server(process, f"http://127.0.0.1:{port}", log, time.monotonic(), linger_file)
     family = psutil.Process(process.pid)
     try:
         if ready:

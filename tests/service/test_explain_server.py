@@ -249,15 +249,16 @@ def test_no_explain(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_guest_finishes_beside_streams_that_do_not_notice(tmp_path: Path) -> None:
     requests = bodies(4, max_tokens=400)
-    with running_server(tmp_path, *THREADS) as server, balanced(server):
-        with streaming(server, requests) as expected:
-            pass
+    with running_server(tmp_path, *THREADS, unhurried=True) as server, balanced(server):
         with ThreadPoolExecutor(2) as pool, streaming(server, requests) as streams:
             wait_for(server, 'vitrine_engine_state{state="busy"}', 1)
             guests = [
                 in_background(pool, server, prompt="A guest who came", max_tokens=4)
                 for _ in range(2)
             ]
+            server.hurry()
+        with streaming(server, requests) as expected:
+            pass
         assert [s.result() for s in streams] == [e.result() for e in expected]
         assert [guest.result(60).status_code for guest in guests] == [200, 200]
 
@@ -267,20 +268,21 @@ def test_explanations_and_explaining_streams_outlive_engines(tmp_path: Path) -> 
     requests = [
         one | {"explain": True, "explain_heads": HEADS} for one in bodies(4, max_tokens=450)
     ]
-    with running_server(tmp_path, *THREADS) as server, balanced(server):
-        expected = [tokens_and_sights(list(server.events(one))) for one in requests]
+    with running_server(tmp_path, *THREADS, unhurried=True) as server, balanced(server):
         with ThreadPoolExecutor(6) as pool:
             streams = [pool.submit(lambda b=body: list(server.events(b))) for body in requests]
             guests: list[Future[httpx2.Response]] = []
             for kills in range(2):
                 wait_for(server, RESTARTS, kills)
                 wait_for(server, 'vitrine_engine_state{state="busy"}', 1)
-                time.sleep(0.05)  # a fast machine is through within a second
+                time.sleep(0.2)
                 engine = server.engine
                 engine.send_signal(signal.SIGSTOP)
                 guests.append(in_background(pool, server, prompt=f"number {kills}"))
                 wait_for(server, "vitrine_explain_accepted_total", kills + 1)
                 engine.kill()
+            server.hurry()
+            expected = [tokens_and_sights(list(server.events(one))) for one in requests]
             assert [guest.result(60).status_code for guest in guests] == [200, 200]
             for stream, (ids, seen) in zip(streams, expected, strict=True):
                 found_ids, found = tokens_and_sights(stream.result(60))

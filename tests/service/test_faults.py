@@ -130,15 +130,16 @@ RESTARTS = "vitrine_engine_restarts_total"
 def test_no_token_is_lost_or_doubled_when_engines_are_killed(tmp_path: Path) -> None:
     requests = bodies(8, max_tokens=450)
     rng = random.Random(1)
-    with running_server(tmp_path, *THREADS) as server, balanced(server):
-        with streaming(server, requests) as expected:
-            pass
+    with running_server(tmp_path, *THREADS, unhurried=True) as server, balanced(server):
         with streaming(server, requests) as streams:
             for kills in range(3):
                 wait_for(server, RESTARTS, kills)
                 wait_for(server, 'vitrine_engine_state{state="busy"}', 1)
-                time.sleep(rng.uniform(0.0, 0.1))  # a fast machine is through within a second
+                time.sleep(rng.uniform(0.0, 0.5))
                 server.engine.kill()
+            server.hurry()
+        with streaming(server, requests) as expected:
+            pass
         wait_for(server, RESTARTS, 3)
         assert [s.result() for s in streams] == [e.result() for e in expected]
         assert metric(server, RESTARTS) == 3
@@ -149,9 +150,8 @@ def test_no_token_is_lost_or_doubled_when_engines_are_killed(tmp_path: Path) -> 
 @pytest.mark.slow
 def test_a_stopped_engine_is_replaced_and_readiness_says_so_first(tmp_path: Path) -> None:
     requests = bodies(3, max_tokens=250)
-    with running_server(tmp_path, *THREADS, "--stall-s", "2") as server, balanced(server):
-        with streaming(server, requests) as expected:
-            pass
+    flags = (*THREADS, "--stall-s", "2")
+    with running_server(tmp_path, *flags, unhurried=True) as server, balanced(server):
         with streaming(server, requests) as streams:
             wait_for(server, 'vitrine_engine_state{state="busy"}', 1)
             time.sleep(0.2)
@@ -164,6 +164,9 @@ def test_a_stopped_engine_is_replaced_and_readiness_says_so_first(tmp_path: Path
                 answer = httpx2.get(f"{server.url}/health/ready")
                 details.add(answer.json().get("detail", ""))
                 time.sleep(0.05)
+            server.hurry()
+        with streaming(server, requests) as expected:
+            pass
         assert [s.result() for s in streams] == [e.result() for e in expected]
         assert any("has not been heard for" in detail for detail in details)
         assert metric(server, 'vitrine_engine_restarts_total{cause="stall"}') == 1

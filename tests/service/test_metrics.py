@@ -53,13 +53,14 @@ def test_steps_tokens_and_the_machine(server: Server) -> None:
 
 
 def test_the_books_outlive_the_engine(tmp_path: Path) -> None:
-    with running_server(tmp_path, "--threads", "1") as server:
+    with running_server(tmp_path, "--threads", "1", unhurried=True) as server:
         server.generate(STORY | {"max_tokens": 20})
         before = scrape(server)
         events = server.events(STORY | {"max_tokens": 300})
         for _ in range(4):
             next(events)
         server.engine.kill()
+        server.hurry()
         assert list(events)[-1][0] == "done"
         after = scrape(server)
     assert after["resumed_requests_total"] == 1

@@ -80,7 +80,7 @@ def test_a_signal_ends_both_processes_with_status_0(tmp_path: Path, sig: int) ->
 
 
 def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(tmp_path: Path) -> None:
-    with running_server(tmp_path) as server:
+    with running_server(tmp_path, unhurried=True) as server:
         events = server.events(STORY | {"max_tokens": 400})
         next(events)
         next(events)
@@ -90,6 +90,7 @@ def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(tmp_path: Pat
         assert status(f"{server.url}/health/live") == 200
         refused = httpx2.post(f"{server.url}/generate", json=STORY)
         assert refused.status_code == 503
+        server.hurry()
         last = list(events)[-1]
         assert last[0] == "done"
         assert last[1]["finish_reason"] == "length"
@@ -120,14 +121,15 @@ def test_killing_the_api_ends_the_engine(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_stream_outlives_the_death_of_the_engine(tmp_path: Path) -> None:
-    with running_server(tmp_path) as server:
+    with running_server(tmp_path, unhurried=True) as server:
         body = STORY | {"max_tokens": 400}
-        undisturbed = server.generate(body)["choices"][0]["text"]  # type: ignore[index]
         events = server.events(body)
         for _ in range(5):
             next(events)
         server.engine.kill()
+        server.hurry()
         rest = list(events)
+        undisturbed = server.generate(body)["choices"][0]["text"]  # type: ignore[index]
         assert rest[-1][0] == "done"
         assert rest[-1][1]["text"] == undisturbed
         assert rest[-1][1]["usage"]["completion_tokens"] == 400  # type: ignore[index]

@@ -6,7 +6,7 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,16 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     keys = folder / "keys"
     keys.write_text("alice:alice-key\nbob:bob-key\n")
     flags = ["--threads", "1", "--api-key-file", str(keys), "--slow-reader-s", str(SLOW_READER_S)]
-    with running_server(folder, *flags) as server:
+    with running_server(folder, *flags, unhurried=True) as server:
+        server.hurry()
         yield server
+
+
+@contextmanager
+def lingering(house: Server) -> Iterator[None]:
+    house.linger()
+    yield
+    house.hurry()
 
 
 def read(
@@ -113,10 +121,10 @@ def undisturbed(house: Server) -> tuple[list[int], str]:
 def test_a_stream_that_was_left_twice_is_the_undisturbed_one(
     house: Server, undisturbed: tuple[list[int], str]
 ) -> None:
-    events = begin(house, "left", leave_after=10)
-    time.sleep(0.3)
-    # One: on a fast machine the rest has come meanwhile, as one event and the end.
-    events += resume(house, events[-1].id, leave_after=1)
+    with lingering(house):
+        events = begin(house, "left", leave_after=10)
+        time.sleep(0.3)
+        events += resume(house, events[-1].id, leave_after=10)
     events += resume(house, events[-1].id)
     assert whole(events) == undisturbed
     assert read(house, "GET", "/generate/left", headers=ALICE) == events
@@ -125,20 +133,22 @@ def test_a_stream_that_was_left_twice_is_the_undisturbed_one(
 def test_a_stream_goes_on_though_the_engine_died_between(
     house: Server, undisturbed: tuple[list[int], str]
 ) -> None:
-    events = begin(house, "killed", leave_after=10)
-    house.engine.kill()
-    events += resume(house, events[-1].id, leave_after=1)
+    with lingering(house):
+        events = begin(house, "killed", leave_after=10)
+        house.engine.kill()
+        events += resume(house, events[-1].id, leave_after=10)
     events += resume(house, events[-1].id)
     assert whole(events) == undisturbed
 
 
 def test_only_the_key_that_made_it_may_have_it(house: Server) -> None:
-    begin(house, "mine", leave_after=3)
-    for answer in (get(house, "mine", BOB), cancel(house, "mine", BOB)):
-        assert answer.status_code == 404
-    assert get(house, "mine", {}).status_code == 401
-    assert cancel(house, "mine", ALICE).json() == {"id": "mine", "status": "cancelled"}
-    assert cancel(house, "mine", ALICE).status_code == 200
+    with lingering(house):
+        begin(house, "mine", leave_after=3)
+        for answer in (get(house, "mine", BOB), cancel(house, "mine", BOB)):
+            assert answer.status_code == 404
+        assert get(house, "mine", {}).status_code == 401
+        assert cancel(house, "mine", ALICE).json() == {"id": "mine", "status": "cancelled"}
+        assert cancel(house, "mine", ALICE).status_code == 200
     events = read(house, "GET", "/generate/mine", headers=ALICE)
     assert events[-1].json["finish_reason"] == "cancelled"
     assert events[-1].json["text"] == whole(events)[1]
@@ -146,9 +156,10 @@ def test_only_the_key_that_made_it_may_have_it(house: Server) -> None:
 
 def test_nobody_comes_back(house: Server) -> None:
     before = gauges(house)
-    begin(house, "gone", leave_after=3, body={"detach_s": 0.2, "max_tokens": 450})
     expired = 'requests_aborted_total{reason="detach-expired",route="/generate"}'
-    wait_until(lambda: gauges(house)[expired] == before[expired] + 1)
+    with lingering(house):
+        begin(house, "gone", leave_after=3, body={"detach_s": 0.2, "max_tokens": 450})
+        wait_until(lambda: gauges(house)[expired] == before[expired] + 1)
     assert get(house, "gone", ALICE).status_code == 404
     wait_until(lambda: gauges(house)["journal_entries"] == 0)
 

@@ -7,12 +7,14 @@ install chromium` brings. Without either these tests are skipped, and say so.
 from __future__ import annotations
 
 import shutil
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import pytest
 import pytest_asyncio
 from playwright.async_api import Browser, Page, Playwright, async_playwright, expect
+
+from tests.servers import Server, running_server
 
 SYSTEM_BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 PHONE = {"width": 360, "height": 740}
@@ -27,6 +29,13 @@ def find_browser(playwright: Playwright) -> str | None:
     """The path of a Chromium."""
     candidates = (*SYSTEM_BROWSERS, playwright.chromium.executable_path)
     return next(filter(None, map(shutil.which, candidates)), None)
+
+
+@pytest.fixture(scope="session")
+def lingering(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server whose streams last: for tests that do something in their middle."""
+    with running_server(tmp_path_factory.mktemp("lingering"), unhurried=True) as server:
+        yield server
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

@@ -115,10 +115,10 @@ async def test_arcs_follow_a_text_of_many_lines(
         await check_places(page, after, query)
 
 
-async def test_arcs_while_it_streams(server: Server, opened: Opens) -> None:
+async def test_arcs_while_it_streams(lingering: Server, opened: Opens) -> None:
     """From what the stream itself tells, before anything was explained."""
     words = {"prompt": STORY, "max_tokens": 480, "seed": 5, "temperature": 1.2}
-    async with opened(address(server.url, **words), expected=("ERR_FAILED",)) as page:
+    async with opened(address(lingering.url, **words), expected=("ERR_FAILED",)) as page:
         await page.route("**/explain", lambda route: route.abort())
         await page.locator("#go").click()
         token = page.locator("#tokens .new").nth(3)

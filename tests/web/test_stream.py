@@ -37,8 +37,8 @@ async def test_a_prompt_is_typed_and_streams(server: Server, opened: Opens) -> N
             await expect(shades.nth(i)).to_have_class(re.compile(rf"\bshade-{shade}\b"))
 
 
-async def test_tokens_come_one_by_one(server: Server, opened: Opens) -> None:
-    async with opened(address(server.url, **LONG)) as page:
+async def test_tokens_come_one_by_one(lingering: Server, opened: Opens) -> None:
+    async with opened(address(lingering.url, **LONG)) as page:
         await page.evaluate(
             "() => { window.seen = new Set(); new MutationObserver(() => "
             "window.seen.add(document.querySelectorAll('#tokens .new').length))"
@@ -50,8 +50,10 @@ async def test_tokens_come_one_by_one(server: Server, opened: Opens) -> None:
 
 
 @pytest.mark.parametrize("way", ["button", "escape"])
-async def test_a_stream_is_stopped(server: Server, opened: Opens, way: str) -> None:
-    async with opened(address(server.url, **LONG)) as page:
+async def test_a_stream_is_stopped(
+    server: Server, lingering: Server, opened: Opens, way: str
+) -> None:
+    async with opened(address(lingering.url, **LONG)) as page:
         await page.locator("#go").click()
         await expect(page.locator("#tokens .new").nth(5)).to_be_attached()
         if way == "button":
@@ -102,8 +104,8 @@ async def ids_of(page) -> list[int]:  # type: ignore[no-untyped-def]
     return ids
 
 
-async def test_the_stream_itself_tells_what_was_looked_at(server: Server, opened: Opens) -> None:
-    async with opened(address(server.url, **LONG), expected=("ERR_FAILED",)) as page:
+async def test_the_stream_itself_tells_what_was_looked_at(lingering: Server, opened: Opens) -> None:
+    async with opened(address(lingering.url, **LONG), expected=("ERR_FAILED",)) as page:
         await page.route("**/explain", lambda route: route.abort())
         await page.locator("#go").click()
         token = page.locator("#tokens .new").nth(3)

@@ -118,7 +118,8 @@ async def test_nothing_to_continue(server: Server, opened: Opens) -> None:
 
 @pytest.mark.slow
 async def test_the_connection_is_lost(tmp_path: Path, opened: Opens) -> None:
-    with running_server(tmp_path, "--threads", "1", "--no-standby") as server:
+    flags = ("--threads", "1", "--no-standby")
+    with running_server(tmp_path, *flags, unhurried=True) as server:
         url = address(server.url, prompt=STORY, seed=5, max_tokens=480, temperature=1.2)
         expected = ("ERR_", "Failed to load")
         async with opened(url, expected=expected) as page:
