@@ -7,6 +7,7 @@ same places each time it is called with the same batch: a CUDA graph can hold it
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from model.backends.cuda import CudaBackend, Norms, norms_of
 from model.batch import ForwardBatch
+from model.exchange import Exchange
 from model.forward import Heartbeat
 from model.kv_cache import KVCache
 from model.layers import GeluMLP, LayerNorm, RMSNorm, SwiGLUMLP
@@ -27,14 +29,6 @@ from model.products import (
     library_product,
 )
 from model.transformer import Block, Transformer
-
-# What is done to the partial sums of a product whose inputs lie on several GPUs, and how the
-# parts of the logits come together (model/parallel.py); on one GPU, nothing.
-Reduce = Callable[[Tensor], Tensor]
-
-
-def _unchanged(x: Tensor) -> Tensor:
-    return x
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +60,8 @@ class _Layer:
 
 class FusedForward:
     """`Forward` in few kernels. `last_tokens` is what negative ids refer to
-    (model/kernels/gpu/embed.py)."""
+    (model/kernels/gpu/embed.py). With an `exchange`, `model` is a part of one that lies on several
+    GPUs."""
 
     def __init__(
         self,
@@ -74,11 +69,10 @@ class FusedForward:
         backend: CudaBackend,
         *,
         make_product: MakeProduct = library_product,
-        reduce: Reduce = _unchanged,
-        gather_logits: Reduce = _unchanged,
+        exchange: Exchange | None = None,
     ) -> None:
         self.model, self.backend = model, backend
-        self._reduce, self._gather_logits = reduce, gather_logits
+        self._exchange = exchange
         self._layers = tuple(self._layer(block, make_product) for block in model.blocks)
         self._final_norm = _Norm.of(model.final_norm)
         # The head stays as it is: the order of logits hangs on it, and it may be the embedding.
@@ -101,8 +95,16 @@ class FusedForward:
         """Keys and values are there from now on; the weights stay as they were laid out."""
         self.backend = replace(self.backend, cache=cache)
 
-    def reserve(self, *, num_seats: int, num_rows: int) -> None:
-        """Seats for drawn tokens, and memory for logits of so many rows that all calls share."""
+    def step(self, num_tokens: int, num_rows: int) -> AbstractContextManager[None]:
+        """Around whatever a step of so many tokens and rows of logits does on this GPU: when it
+        fails here, no other one waits for this part of it. Raises `ApartError`."""
+        return (
+            nullcontext() if self._exchange is None else self._exchange.step(num_tokens, num_rows)
+        )
+
+    def reserve(self, *, num_seats: int, num_rows: int, num_tokens: int = 0) -> None:
+        """Seats for drawn tokens, and memory for logits of so many rows that all calls share; and
+        what a step of so many tokens needs when it fails."""
         device = self.model.embedding.weight.device
         self.last_tokens: Int[Tensor, " num_seats"] = torch.zeros(
             num_seats, dtype=torch.int32, device=device
@@ -110,6 +112,8 @@ class FusedForward:
         self._logits: Float[Tensor, "num_rows vocab_size"] = torch.empty(
             num_rows, self.model.config.vocab_size, dtype=torch.float32, device=device
         )
+        if self._exchange is not None:
+            self._exchange.reserve(num_tokens=num_tokens, num_rows=num_rows)
 
     def __call__(
         self, batch: ForwardBatch, heartbeat: Heartbeat | None = None
@@ -132,19 +136,23 @@ class FusedForward:
         for number, layer in enumerate(self._layers):
             normed = self._add_norm(hidden, update, layer.attention_norm)
             mixed = attend(number, layer.qkv(normed), layer.norms, rotary)
-            update = self._reduce(layer.out(mixed))
+            update = self._add_up(layer.out(mixed))
             normed = self._add_norm(hidden, update, layer.mlp_norm)
-            update = self._reduce(layer.down(layer.activation(layer.up(normed))))
+            update = self._add_up(layer.down(layer.activation(layer.up(normed))))
             if heartbeat is not None:
                 heartbeat()
         if not batch.logits_rows.shape[0]:  # the first part of a prompt
             return torch.empty(0, model.config.vocab_size, device=hidden.device)
         normed = self._add_norm(hidden, update, self._final_norm)
-        logits = self._gather_logits(self._head(normed.index_select(0, batch.logits_rows)))
-        logits = logits[:, : model.config.vocab_size]  # of several parts the last may be longer
+        logits = self._head(normed.index_select(0, batch.logits_rows))
+        if self._exchange is not None:  # the last part may be longer than the vocabulary's rest
+            logits = self._exchange.put_together(logits)[:, : model.config.vocab_size]
         if logits.shape[0] > self._logits.shape[0]:
             return logits.float().contiguous()
         return self._logits[: logits.shape[0]].copy_(logits)
+
+    def _add_up(self, partial: Tensor) -> Tensor:
+        return partial if self._exchange is None else self._exchange.add_up(partial)
 
     def _add_norm(self, hidden: Tensor, update: Tensor | None, norm: _Norm) -> Tensor:
         normed: Tensor = self.backend.kernels.add_norm(

@@ -5,7 +5,7 @@ whose inputs are cut (out, down) give partial sums, added up by all (Shoeybi et 
 arXiv:1909.08053, section 3). Heads are cut whole, with the KV heads that they share, so that the
 cache is cut too. The head gives each GPU a run of the vocabulary (the last run may end in rows of
 zeros), put together before tokens are drawn; embeddings and norms are everywhere. So a layer has
-two sums, and all GPUs draw the same.
+two sums (model/exchange.py), and all GPUs draw the same.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from model.config import ConfigError, ModelConfig
@@ -31,17 +30,6 @@ class Group:
 
     rank: int
     size: int
-
-    def add_up(self, partial: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
-        """The sum of everybody's `partial`, in its place."""
-        dist.all_reduce(partial)
-        return partial
-
-    def put_together(self, part: Float[Tensor, "rows part"]) -> Float[Tensor, "rows all_parts"]:
-        """Everybody's runs of the vocabulary, side by side."""
-        parts = [torch.empty_like(part) for _ in range(self.size)]
-        dist.all_gather(parts, part.contiguous())
-        return torch.cat(parts, dim=-1)
 
     def least(self, number: int, device: torch.device) -> int:
         """The smallest of everybody's numbers."""

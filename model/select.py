@@ -125,6 +125,7 @@ def select_part(
     """The forward of a part of a model (model/parallel.py): Triton's kernels on a GPU, their
     twins on a CPU, where parts are for trying out. Raises `ImportError` without triton."""
     from model.backends.cuda import CudaBackend
+    from model.exchange import Exchange
     from model.fused import FusedForward
     from model.kernels.gpu.kernels import TRITON, TWINS
     from model.products import fixed_product, library_product
@@ -140,8 +141,7 @@ def select_part(
         model,
         backend,
         make_product=fixed_product(kernels) if deterministic else library_product,
-        reduce=group.add_up,
-        gather_logits=group.put_together,
+        exchange=Exchange(group, model),
     )
     padding = RowPadding() if deterministic else None
     name = "cuda" if on_gpu else "cuda-twins"

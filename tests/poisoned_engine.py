@@ -2,8 +2,9 @@
 
 The forward of a step in which a sequence begins with POISONED_PROMPT, or an explanation of a text
 that does, raises, runs out of memory, aborts the process, leaves it, hangs, or takes LAYER_S for
-each layer; with `unborn` the process dies whenever it is to load the model; with `unhurried` every
-step of every request takes STEP_S longer while the file named by LINGER exists.
+each layer; with `unborn` the process dies whenever it is to load the model. Faults that name a rank
+are in tests/poisoned_rank.py. While the file that LINGER names exists, every step of every request
+takes STEP_S longer.
 `tests.poisoned_server` is a server with this engine.
 """
 
@@ -22,13 +23,14 @@ from model.kernels import native
 from model.kernels.native import NativeKernelError
 from model.sampling import SampledTokens
 from model.transformer import Block
-from service.engine import loop, start
+from service.engine import loop, ranks, start
 from service.engine.explain_messages import Explain
 from service.engine.guests import Work
 from service.engine.profile import StepProfile
 from service.engine.runner import Runner
 from service.engine.scheduler import Scheduled
 from service.engine.sights import Sights
+from tests.poisoned_rank import poison_rank
 
 POISONED_PROMPT = [7, 7, 7, 7]
 LAYER_S = 0.8
@@ -56,13 +58,12 @@ def no_compiler() -> NoReturn:
     raise NativeKernelError("not in this test")
 
 
-def unhurried() -> None:
+def linger(while_there: Path) -> None:
     """What is killed in the middle of its streams must not be through with them before."""
     healthy = Runner.run
-    linger = Path(os.environ["LINGER"])
 
     def run(self: Runner, *inputs: Any) -> tuple[SampledTokens, Sights]:
-        if linger.exists():
+        if while_there.exists():
             time.sleep(STEP_S)
         return healthy(self, *inputs)
 
@@ -94,8 +95,9 @@ def poisoned(fault: str) -> None:
     if fault == "unborn":
         loop.start = lambda *_: os.abort()
         return
-    if fault == "unhurried":
-        unhurried()
+    if fault.startswith("rank"):
+        ranks.RANK_MODULE = "tests.poisoned_rank"
+        poison_rank(0, fault)
         return
     if fault == "slow":
         native.load = no_compiler  # layers that Python can slow down
@@ -121,5 +123,8 @@ def poisoned(fault: str) -> None:
 
 
 if __name__ == "__main__":
-    poisoned(os.environ["POISON"])
+    if fault := os.environ.get("POISON"):
+        poisoned(fault)
+    if file := os.environ.get("LINGER"):
+        linger(Path(file))
     sys.exit(loop.main())

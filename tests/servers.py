@@ -123,7 +123,7 @@ def running_server(
     environment = {k: v for k, v in os.environ.items() if not k.startswith("VITRINE_")}
     linger_file = folder / f"linger-{port}"
     if unhurried:
-        environment |= {"POISON": "unhurried", "LINGER": str(linger_file)}
+        environment["LINGER"] = str(linger_file)
         linger_file.touch()
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)

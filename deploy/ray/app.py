@@ -55,7 +55,9 @@ class Options(BaseModel, extra="forbid", frozen=True):
     num_replicas: int = Field(1, ge=1, description="to begin with, and at least")
     max_replicas: int | None = Field(None, ge=1, description="with it, Ray adds and removes some")
     num_cpus: float = Field(1, gt=0, description="cores of a replica: threads, and one for the API")
-    num_gpus: float = Field(0, ge=0, description="GPUs of a replica: 0 or 1")
+    num_gpus: float = Field(
+        0, ge=0, description="GPUs of a replica: 0, 1, or --tensor-parallel-size"
+    )
     route: Literal["load", "session"] = Field(
         "load",
         description="load: to the less busy of two replicas; session: requests with the same "
@@ -120,6 +122,22 @@ def replica_settings(flags: tuple[str, ...]) -> Settings:
 def application(options: Options) -> Application:
     """The Serve application. Raises `SettingsError`."""
     settings = replica_settings(options.flags)
+    num_parts = settings.tensor_parallel_size
+    if num_parts > 1 and options.num_gpus not in (0, num_parts):
+        raise SettingsError(
+            f"num_gpus {options.num_gpus:g} of a replica: --tensor-parallel-size {num_parts} takes "
+            f"{num_parts}, or 0 to compute on CPUs"
+        )
+    resources = {"num_cpus": options.num_cpus, "num_gpus": options.num_gpus}
+    # All ranks are processes under the replica, so what they need is one bundle: it lies on one
+    # node and is given as a whole or not at all, and Ray tells them which GPUs are theirs.
+    group: dict[str, Any] = {}
+    if num_parts > 1:
+        bundle = {"CPU": options.num_cpus, "GPU": options.num_gpus}
+        group = {
+            "placement_group_bundles": [{name: n for name, n in bundle.items() if n}],
+            "placement_group_strategy": "STRICT_PACK",
+        }
     autoscaling = None
     if options.max_replicas is not None:
         autoscaling = AutoscalingConfig(
@@ -141,7 +159,8 @@ def application(options: Options) -> Application:
         # The server itself bounds its queue, and says 429 and when to come again.
         max_ongoing_requests=2 * (settings.max_num_seqs + settings.max_queue_requests),
         request_router_config=RequestRouterConfig(**router),
-        ray_actor_options={"num_cpus": options.num_cpus, "num_gpus": options.num_gpus},
+        ray_actor_options=resources,
+        **group,
         # At an upgrade and when scaling down, running requests have this long.
         graceful_shutdown_timeout_s=settings.drain_s,
         graceful_shutdown_wait_loop_s=0.2,

@@ -10,6 +10,9 @@ kill     a replica killed under load costs no request that had not begun; it is 
          engine does not outlive it
 update   a rolling update under load costs nothing
 session  requests of one X-Session-Id meet their prefix again, and resume their streams
+parts    a replica of --tensor-parallel-size 2 has two GPUs of its own by a placement group and a
+         process for each; one of these killed under load costs nothing (the GPUs are numbers
+         that Ray gives away, and computing is on the CPU where there are none)
 
 Ends with 1 at the first thing that does not hold.
 """
@@ -30,6 +33,7 @@ import psutil
 import ray
 from ray import serve
 from ray.serve.config import HTTPOptions
+from ray.util import placement_group_table
 
 from deploy.ray.app import Options, application
 from deploy.ray.load import Load, Stream, generate, read
@@ -54,7 +58,7 @@ class Cluster:
         self.url = f"http://127.0.0.1:{arguments.port}"
         # As many logical cores as replicas ask for, also on a smaller machine; `speed` looks at
         # the real ones.
-        ray.init(num_cpus=16, include_dashboard=False, log_to_driver=False)
+        ray.init(num_cpus=16, num_gpus=4, include_dashboard=False, log_to_driver=False)
         serve.start(
             http_options=HTTPOptions(host="127.0.0.1", port=arguments.port, request_timeout_s=660)
         )
@@ -224,8 +228,46 @@ async def session(cluster: Cluster) -> None:
             check(resumed.text == one.text != "", f"{name}: the stream came again")
 
 
+async def parts(cluster: Cluster) -> None:
+    flags = ("--tensor-parallel-size", "2", "--dtype", "float32")
+    await cluster.deploy(2, *flags, num_cpus=2, num_gpus=2)
+    groups = [one for one in placement_group_table().values() if one["state"] == "CREATED"]
+    shapes = [list(one["bundles"].values()) for one in groups if one["strategy"] == "STRICT_PACK"]
+    check(shapes == [[{"CPU": 2.0, "GPU": 2.0}]] * 2, f"placement groups of {shapes}")
+    given = [visible_gpus(replica) for replica in cluster.replicas()]
+    check(all(len(gpus) == 1 for gpus in given), "all processes of a replica see the same GPUs")
+    numbers = sorted(",".join(gpus.pop() for gpus in given).split(","))
+    check(numbers == ["0", "1", "2", "3"], "each two of its own")
+    async with load_on(cluster, 4) as load:
+        await asyncio.sleep(cluster.arguments.seconds / 3)
+        victim = ranks_of(cluster.replicas()[0])[0]
+        victim.kill()
+        await asyncio.sleep(cluster.arguments.seconds / 3)
+    report(load)
+    check(set(load.endings()) == {"finished"}, "a rank was killed, and every request was finished")
+    replica, _ = cluster.replicas()
+    check(await until(lambda: bool(ranks_of(replica))), "there is another rank in its place")
+    ranks = ranks_of(replica)
+    replica.kill()
+    ended = await until(lambda: not any(rank.is_running() for rank in ranks))
+    check(ended, f"the {len(ranks)} other ranks of a killed replica end with it")
+
+
+def ranks_of(replica: psutil.Process) -> list[psutil.Process]:
+    """The processes under a replica that have a part of its model, beside the engine's own."""
+    found = replica.children(recursive=True)
+    return [process for process in found if "service.engine.rank" in _title(process)]
+
+
+def visible_gpus(replica: psutil.Process) -> set[str]:
+    """What each engine process and each rank may use."""
+    family = replica.children(recursive=True)
+    engines = [process for process in family if "service.engine" in _title(process)]
+    return {process.environ().get("CUDA_VISIBLE_DEVICES", "") for process in engines}
+
+
 PHASES: dict[str, Callable[[Cluster], Coroutine[Any, Any, None]]] = {
-    phase.__name__: phase for phase in (stream, gone, speed, kill, update, session)
+    phase.__name__: phase for phase in (stream, gone, speed, kill, update, session, parts)
 }
 
 

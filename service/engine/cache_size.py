@@ -92,11 +92,12 @@ def _measured_blocks(
     least = -(-limits.max_model_len // config.block_size)
     per_block = bytes_per_block(model.config, config.block_size, weight.dtype)
     num_blocks, problem = 0, ""
+    forward.reserve(num_seats=1, num_rows=limits.max_num_seqs, num_tokens=limits.max_batched_tokens)
     try:
         memory = measure(forward, TRITON, limits, model.config.vocab_size, weight.device)
         num_blocks = memory.num_blocks(config.gpu_memory_utilization, per_block, least)
-    except (OutOfMemoryError, torch.OutOfMemoryError) as error:
-        problem = str(error).partition("\n")[0]
+    except OutOfMemoryError as error:
+        problem = str(error)
         log.error("%s: %s", weight.device, problem)
     if group is not None:  # who has no room must say so, or the others would wait for its sums
         num_blocks = group.least(num_blocks, weight.device)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from model.exchange import ApartError
 from model.sampling import SampledTokens
 from service.engine.explain_messages import Sight
 from service.engine.grammars import GrammarQueue
@@ -34,7 +35,7 @@ from service.engine.messages import (
 from service.engine.pace import PromptPace
 from service.engine.profile import StepProfile
 from service.engine.recorder import Recorder
-from service.engine.runner import RanksApartError, Result, StepRunner, is_out_of_memory
+from service.engine.runner import Result, StepRunner, is_out_of_memory
 from service.engine.scheduler import Launched, Scheduled, Scheduler
 from service.engine.sequence import UNREAD, Sequence
 from service.engine.sights import Sights
@@ -264,7 +265,7 @@ class EngineCore:
             self.recorder.begin(list(dict.fromkeys(own + running + flight.sequence_ids)))
         try:
             result = self.runner.launch(scheduled, flight.profile)
-        except RanksApartError:
+        except ApartError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, it must cost one sequence only
             reason, has_no_memory = f"{type(error).__name__}: {error}", is_out_of_memory(error)

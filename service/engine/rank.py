@@ -11,14 +11,25 @@ import queue
 import signal
 import sys
 import threading
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import msgspec
 import numpy as np
 
 from service import logs
-from service.engine.rank_messages import ClearBlocks, LaunchStep, Lead, Loaded, ToRank, read
+from service.engine.rank_messages import (
+    Answer,
+    ClearBlocks,
+    FreeMemory,
+    LaunchStep,
+    Lead,
+    ToRank,
+    read,
+)
 from service.garbage import keep_what_is_there
+
+if TYPE_CHECKING:
+    from service.engine.device.steps import DeviceSteps
 
 
 def main() -> int:
@@ -44,42 +55,67 @@ def _receive(messages: queue.SimpleQueue[ToRank]) -> None:
 
 
 def _serve(lead: Lead, messages: queue.SimpleQueue[ToRank], answer: TextIO) -> None:
+    import torch
+
     from model.checkpoint import CheckpointError
     from model.config import ConfigError
-    from service.engine.device.layout import Layout
-    from service.engine.device.steps import StepPlan
     from service.engine.parallel import load_rank, make_steps
     from service.engine.start import StartError
 
     try:
         model, device = load_rank(lead)
     except (StartError, CheckpointError, ConfigError, RuntimeError, MemoryError) as error:
-        _tell(answer, Loaded(str(error).partition("\n")[0] or type(error).__name__))
+        _tell(answer, Answer(_words(error)))
         return
     keep_what_is_there()
-    _tell(answer, Loaded())
+    _tell(answer, Answer())
     steps = make_steps(lead, model, device)
     while True:
         message = messages.get()
         if isinstance(message, LaunchStep):
-            plan = StepPlan(
-                Layout(*message.layout),
-                None,
-                message.starts,
-                message.is_adjusted,
-                len(message.numbers) // 4,
-            )
-            upload = steps.upload(plan.layout, None)
-            upload.begin()[: plan.num_numbers] = np.frombuffer(message.numbers, np.int32)
-            upload.send(plan.num_numbers)
-            steps.launch(plan)
+            _tell(answer, _launch(steps, message))
+        elif isinstance(message, FreeMemory):
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
         elif isinstance(message, ClearBlocks):
             steps.forward.backend.cache.clear(message.blocks)
         else:
             raise TypeError(f"unexpected {type(message).__name__} on a running rank")
 
 
-def _tell(answer: TextIO, message: Loaded) -> None:
+def _launch(steps: DeviceSteps, message: LaunchStep) -> Answer:
+    """Do a step. Raises `ApartError`, and nothing else."""
+    from model.exchange import ApartError
+    from service.engine.device.layout import Layout
+    from service.engine.device.steps import StepPlan
+    from service.engine.runner import is_out_of_memory
+
+    plan = StepPlan(
+        Layout(*message.layout),
+        None,
+        message.starts,
+        message.is_adjusted,
+        len(message.numbers) // 4,
+    )
+    try:
+        with steps.together(plan):
+            upload = steps.upload(plan.layout, None)
+            upload.begin()[: plan.num_numbers] = np.frombuffer(message.numbers, np.int32)
+            upload.send(plan.num_numbers)
+            steps.launch(plan)
+    except ApartError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever it is, rank 0 knows what to do
+        return Answer(_words(error), is_out_of_memory(error))
+    return Answer()
+
+
+def _words(error: Exception) -> str:
+    """One line that is not empty."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def _tell(answer: TextIO, message: Answer) -> None:
     answer.write(msgspec.json.encode(message).decode() + "\n")
     answer.flush()
 

@@ -2,7 +2,7 @@
 
 One pipe to each, its standard input: its end is the end of the process. A message is its length in
 four bytes, native, and a msgspec struct as MessagePack; a step's numbers go as they lie in memory.
-Upward goes one line, of JSON: loaded, or why not.
+Upward goes a line of JSON for the part and for each step: that it is there, or why not.
 """
 
 from __future__ import annotations
@@ -49,13 +49,19 @@ class ClearBlocks(msgspec.Struct, frozen=True, tag=True):
     blocks: list[int]
 
 
-class Loaded(msgspec.Struct, frozen=True):
-    """The answer to `Lead`; `failure` is empty when all went well."""
+class FreeMemory(msgspec.Struct, frozen=True, tag=True):
+    """Give back what torch keeps."""
+
+
+class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
+    """To `Lead`, when the part is there, and to `LaunchStep`, when the step was launched; `failure`
+    is empty when all went well."""
 
     failure: str = ""
+    is_out_of_memory: bool = False
 
 
-ToRank = Lead | LaunchStep | ClearBlocks
+ToRank = Lead | LaunchStep | ClearBlocks | FreeMemory
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(ToRank)

@@ -10,6 +10,9 @@ that go to its own device too. Every rank launches the same forward and draws th
 that the next step can refer to them before anybody has read them. Sums and logits go from device to
 device (model/parallel.py): NCCL on GPUs, Gloo on a CPU, over the loopback interface.
 
+A step counts when each rank has launched it. One that fails on some of them, out of memory for one,
+is given up by all, and rank 0 does with it as an engine of one device does.
+
 A rank's death is the engine's: rank 0 dies of what its rank died of, and the supervisor starts them
 all anew. Rank 0's death closes the pipes, and that ends the ranks.
 """
@@ -38,14 +41,16 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from model.exchange import ApartError
 from model.parallel import Group
 from service.engine.device.steps import StepPlan
 from service.engine.messages import EngineConfig
 from service.engine.rank_messages import (
+    Answer,
     ClearBlocks,
+    FreeMemory,
     LaunchStep,
     Lead,
-    Loaded,
     RandomWeights,
     ToRank,
     write,
@@ -62,6 +67,10 @@ LOOPBACK = "lo"
 
 class RankFailedError(Exception):
     """A rank could not load its part; the message is for the operator."""
+
+
+class StepFailedError(Exception):
+    """A step failed on another rank, and so on all of them."""
 
 
 class Ranks:
@@ -106,7 +115,7 @@ class Ranks:
             if not answer:
                 status = self._processes[rank - 1].wait()
                 raise RankFailedError(f"rank {rank} ended with status {status} while loading")
-            if failure := msgspec.json.decode(answer, type=Loaded).failure:
+            if failure := msgspec.json.decode(answer, type=Answer).failure:
                 raise RankFailedError(f"rank {rank}: {failure}")
         for rank, process in enumerate(self._processes, start=1):
             threading.Thread(target=self._die_with, args=(rank, process), daemon=True).start()
@@ -118,6 +127,22 @@ class Ranks:
         self._tell(
             LaunchStep(astuple(plan.layout), plan.starts, plan.is_adjusted, numbers.tobytes())
         )
+
+    def agree(self, failure: Exception | None) -> None:
+        """Wait until every rank has launched the step, or has failed with it and let the others
+        have what they wait for (model/exchange.py). Raises `failure`, or another rank's."""
+        answers = [self._answer(rank) for rank in range(1, self.group.size)]
+        if failure is not None:
+            raise failure
+        for rank, answer in enumerate(answers, start=1):
+            if answer.is_out_of_memory:
+                raise torch.OutOfMemoryError(f"rank {rank}: {answer.failure}")
+            if answer.failure:
+                raise StepFailedError(f"rank {rank}: {answer.failure}")
+
+    def free_memory(self) -> None:
+        """The others give back what torch keeps, too."""
+        self._tell(FreeMemory())
 
     def clear(self, blocks: list[int]) -> None:
         """The others zero these blocks too."""
@@ -144,6 +169,13 @@ class Ranks:
     def _tell(self, message: ToRank) -> None:
         for process in self._processes:
             _send(process, message)
+
+    def _answer(self, rank: int) -> Answer:
+        process = self._processes[rank - 1]
+        line = process.stdout.readline() if process.stdout is not None else b""
+        if not line:  # it is gone, and `_die_with` will say so
+            raise ApartError(f"rank {rank} has ended")
+        return msgspec.json.decode(line, type=Answer)
 
     def _die_with(self, rank: int, process: subprocess.Popen[bytes]) -> None:
         """In a thread of its own: this process may be waiting for the dead one's part of a sum."""

@@ -37,11 +37,6 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 
-class RanksApartError(Exception):
-    """A step failed on this device, and other devices have parts of the same model: they may be
-    anywhere in it by now. There is no going on but with a new engine."""
-
-
 class Result(Protocol):
     """A launched step."""
 

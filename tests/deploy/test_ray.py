@@ -77,6 +77,17 @@ def test_what_ray_is_told_follows_from_the_settings() -> None:
     assert scaled.autoscaling_config.max_replicas == 4
 
 
+def test_all_parts_of_a_model_are_one_bundle() -> None:
+    flags = ("--tensor-parallel-size", "2")
+    pair = config(flags=flags, num_cpus=3, num_gpus=2)._replica_config
+    assert pair.placement_group_bundles == [{"CPU": 3, "GPU": 2}]
+    assert pair.placement_group_strategy == "STRICT_PACK"
+    assert config(flags=flags, num_cpus=3)._replica_config.placement_group_bundles == [{"CPU": 3}]
+    assert config(num_gpus=1)._replica_config.placement_group_bundles is None
+    with pytest.raises(SettingsError, match=r"num_gpus 1 of a replica: .* 2 takes 2, or 0"):
+        config(flags=flags, num_gpus=1)
+
+
 def test_the_configuration_file_has_arguments_that_exist() -> None:
     from ray.serve.schema import ServeDeploySchema
 

@@ -305,15 +305,18 @@ def test_a_guest_at_fault_hurts_only_itself(
     requests = bodies(4, max_tokens=250)
     flags = (*THREADS, "--stall-s", "2")
     with (
-        running_server(tmp_path, *flags, module="tests.poisoned_server") as server,
+        running_server(tmp_path, *flags, unhurried=True) as server,
         balanced(server),
         ThreadPoolExecutor(2) as pool,
     ):
-        with streaming(server, requests) as expected:
-            pass
         with streaming(server, requests) as streams:
+            wait_for(server, 'vitrine_engine_state{state="busy"}', 1)
             guilty = in_background(pool, server, prompt=POISONED_PROMPT)
             innocent = in_background(pool, server, prompt="Another guest")
+            guilty.result(60)
+            server.hurry()
+        with streaming(server, requests) as expected:
+            pass
         assert [s.result() for s in streams] == [e.result() for e in expected]
         answer = guilty.result(60)
         assert answer.status_code == 500

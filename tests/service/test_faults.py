@@ -198,12 +198,13 @@ def test_one_bad_request_hurts_only_itself(
     poisoned: dict[str, object] = {"prompt": POISONED_PROMPT, "max_tokens": 5}
     flags = (*THREADS, "--stall-s", "2")
     with (
-        running_server(tmp_path, *flags, module="tests.poisoned_server") as server,
+        running_server(tmp_path, *flags, unhurried=True) as server,
         balanced(server),
     ):
-        with streaming(server, requests) as expected:
-            pass
         with streaming(server, [*requests, poisoned]) as streams:
+            streams[-1].result()
+            server.hurry()
+        with streaming(server, requests) as expected:
             pass
         *healthy, guilty = [stream.result() for stream in streams]
         assert guilty == ("error", "", [])

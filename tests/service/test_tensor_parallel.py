@@ -8,13 +8,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2
 import psutil
 import pytest
 
+from tests.poisoned_rank import POISON_TOKENS
 from tests.servers import Server, running_server
+from tests.service.test_faults import RESTARTS, metric
 
 TWO = ("--tensor-parallel-size", "2", "--threads", "1", "--dtype", "float32")
 BODIES: list[dict[str, object]] = [
@@ -88,6 +91,53 @@ def test_a_stream_outlives_the_death_of_a_rank(pair: Server, victim: int) -> Non
         pytest.fail("the stream ended without done")
     assert gone(before)
     assert not {p.pid for p in before} & {pair.engine.pid, *(p.pid for p in ranks_of(pair))}
+
+
+def shortages(server: Server) -> float:
+    return metric(server, "vitrine_engine_memory_shortages_total")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("guilty", [0, 1], ids=["rank 0", "rank 1"])
+def test_a_step_that_one_rank_has_no_memory_for_is_made_smaller(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, guilty: int
+) -> None:
+    """It fails between two sums, for which the other rank waits. Nobody dies."""
+    monkeypatch.setenv("POISON", f"rank {guilty} memory")
+    requests = [BODIES[number] | {"max_tokens": 20} for number in (0, 1, 2)]
+    with (
+        running_server(tmp_path, *TWO, module="tests.poisoned_server") as poor,
+        ThreadPoolExecutor(3) as pool,
+    ):
+        texts = [pool.submit(text_of, poor, body) for body in requests]
+        assert [text.result() for text in texts] == [text_of(server, body) for body in requests]
+        assert shortages(poor) > 0
+        assert metric(poor, RESTARTS) == 0
+        assert metric(poor, "vitrine_requests_failed_total") == 0
+
+
+@pytest.mark.slow
+def test_what_one_rank_cannot_do_costs_that_request_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POISON", "rank 1 raise")
+    with (
+        running_server(tmp_path, *TWO, module="tests.poisoned_server") as ill,
+        ThreadPoolExecutor(3) as pool,
+    ):
+        expected = text_of(ill, LONG)
+        healthy = [pool.submit(text_of, ill, LONG) for _ in range(2)]
+        guilty = ill.events({"prompt": POISON_TOKENS, "max_tokens": 5})
+        *_, (event, data) = guilty
+        assert event == "error"
+        assert "/somewhere" not in str(data)
+        assert [text.result() for text in healthy] == [expected] * 2
+        assert metric(ill, RESTARTS) == 0
+        assert metric(ill, "vitrine_requests_failed_total") == 1
+
+
+def text_of(server: Server, body: dict[str, object]) -> object:
+    return next(data["text"] for event, data in server.events(body) if event == "done")
 
 
 def interrupt(server: Server) -> None:

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
 
 from model.batch import ForwardBatch
 from model.forward import Forward
+from model.fused import FusedForward
 from model.kernels.gpu.draw import DrawRows
 from model.kernels.gpu.kernels import Kernels
 from model.sampling import score
@@ -61,16 +63,26 @@ def _gib(num_bytes: int) -> str:
 
 
 def measure(
-    forward: Forward, kernels: Kernels, limits: Limits, vocab_size: int, device: torch.device
+    forward: FusedForward, kernels: Kernels, limits: Limits, vocab_size: int, device: torch.device
 ) -> Memory:
     """Run the largest steps there can be on a GPU and see what they take. `forward` has a cache
-    of at least one block, which is read and not written."""
-    step = _peak(lambda: largest_step(forward, kernels, limits, vocab_size, device), device)
+    of at least one block, which is read and not written. Raises `OutOfMemoryError` when they find
+    no room, after both: other GPUs may have the other parts of the model."""
     decodes = Limits(limits.max_num_seqs, limits.max_num_seqs, limits.max_model_len)
-    graphs = _peak(lambda: largest_step(forward, kernels, decodes, vocab_size, device), device)
+    peaks, problem = [0, 0], ""
+    for number, most in enumerate((limits, decodes)):
+        try:
+            with forward.step(most.max_batched_tokens, most.max_num_seqs):
+                peaks[number] = _peak(
+                    partial(largest_step, forward, kernels, most, vocab_size, device), device
+                )
+        except torch.OutOfMemoryError as error:
+            problem = problem or str(error).partition("\n")[0]
+    if problem:
+        raise OutOfMemoryError(f"the largest step does not fit: {problem}")
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    return Memory(total, total - free, step, graphs)
+    return Memory(total, total - free, *peaks)
 
 
 def _peak(work: Callable[[], None], device: torch.device) -> int:

@@ -23,9 +23,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.exchange import ApartError
 from model.fused import FusedForward
 from model.kv_cache import KVCache
 from model.sampling import SampledTokens, Scores, find_bad_rows, read_scores
+from model.token_mask import TokenMask
 from service.engine.device.columns import Columns
 from service.engine.device.layout import Layout
 from service.engine.device.steps import (
@@ -34,11 +36,12 @@ from service.engine.device.steps import (
     MAX_PENALTIES,
     Asked,
     DeviceSteps,
+    Drawn,
     StepPlan,
 )
 from service.engine.device.transfer import Event, Upload, download
 from service.engine.profile import StepProfile
-from service.engine.runner import NOTHING_SAMPLED, Done, RanksApartError, Result, build_mask
+from service.engine.runner import NOTHING_SAMPLED, Done, Result, build_mask
 from service.engine.scheduler import Limits, Scheduled
 from service.engine.sequence import UNREAD
 from service.engine.sights import Sights
@@ -48,6 +51,13 @@ class Others(Protocol):
     """The processes that have the other parts of the model; they do the same steps."""
 
     def launch(self, plan: StepPlan, numbers: NDArray[np.int32]) -> None: ...
+
+    def agree(self, failure: Exception | None) -> None:
+        """Wait until each has launched the step. Raises `failure`, this process's own, or what
+        happened to another: nobody's step counts then."""
+        ...
+
+    def free_memory(self) -> None: ...
 
     def clear(self, blocks: list[int]) -> None: ...
 
@@ -119,6 +129,8 @@ class DeviceRunner:
 
     def free_memory(self) -> None:
         """Blocks of memory that torch keeps may be of the wrong sizes."""
+        if self._others is not None:
+            self._others.free_memory()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -139,15 +151,7 @@ class DeviceRunner:
         built = time.monotonic()
         profile.build_s += built - began
         asked = tuple(columns.logprobs)
-        if self._others is not None:
-            self._others.launch(plan, buffer[: plan.num_numbers])
-        try:
-            upload.send(plan.num_numbers)
-            drawn, scores = self._steps.launch(plan, asked, mask)
-        except Exception as error:
-            if self._others is None:
-                raise
-            raise RanksApartError(f"{type(error).__name__}: {error}") from error
+        drawn, scores = self._launch(plan, upload, buffer, asked, mask)
         if drawn is None:
             profile.forward_s += time.monotonic() - built
             return Done(NOTHING_SAMPLED)
@@ -167,6 +171,32 @@ class DeviceRunner:
         self._next_seat = (self._next_seat + len(sampled)) % num_seats
         profile.forward_s += time.monotonic() - built
         return pending
+
+    def _launch(
+        self,
+        plan: StepPlan,
+        upload: Upload,
+        buffer: NDArray[np.int32],
+        asked: Asked,
+        mask: TokenMask | None,
+    ) -> tuple[Drawn | None, Scores | None]:
+        """Here, and on the others."""
+        if self._others is None:
+            upload.send(plan.num_numbers)
+            return self._steps.launch(plan, asked, mask)
+        self._others.launch(plan, buffer[: plan.num_numbers])
+        launched: tuple[Drawn | None, Scores | None] = None, None
+        failure: Exception | None = None
+        try:
+            with self._steps.together(plan):
+                upload.send(plan.num_numbers)
+                launched = self._steps.launch(plan, asked, mask)
+        except ApartError:
+            raise
+        except Exception as error:  # noqa: BLE001 - it is raised when the others have been heard
+            failure = error
+        self._others.agree(failure)
+        return launched
 
     def _plan(self, step: list[Scheduled], columns: Columns) -> StepPlan:
         bucket = self._bucket(step, columns)

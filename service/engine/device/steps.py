@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -80,7 +81,9 @@ class DeviceSteps:
         self.buckets = buckets[: bisect_left(buckets, limits.max_num_seqs) + 1]
         # The last seat is where rows that only pad put their token.
         forward.reserve(
-            num_seats=self.num_seats + 1, num_rows=max(limits.max_num_seqs, *self.buckets, 0)
+            num_seats=self.num_seats + 1,
+            num_rows=max(limits.max_num_seqs, *self.buckets, 0),
+            num_tokens=limits.max_batched_tokens,
         )
         self._upload = Upload(1, self._device)
         self._table_width = -(-limits.max_model_len // cache.block_size)
@@ -131,6 +134,10 @@ class DeviceSteps:
         if layout.size > self._upload.size:
             self._upload = Upload(2 * layout.size, self._device)
         return self._upload
+
+    def together(self, plan: StepPlan) -> AbstractContextManager[None]:
+        """Around a step, from its buffer on, that other GPUs do too; see `FusedForward.step`."""
+        return self.forward.step(plan.layout.num_tokens, plan.layout.num_rows)
 
     @torch.inference_mode()
     def launch(

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ import torch.distributed as dist
 from model.backends.cuda import CudaBackend
 from model.batch import single_sequence
 from model.config import ConfigError, ModelConfig
+from model.exchange import ApartError, Exchange
 from model.fused import FusedForward
 from model.kernels.gpu.kernels import TWINS
 from model.kv_cache import KVCache
@@ -36,6 +40,7 @@ def run_process(rank: int, size: int, folder: str) -> None:
     for name, config in CONFIGS.items():
         part = part_of(random_model(config), Group(rank, size))
         results[name] = greedy(part, config, Group(rank, size))
+        results[f"{name}, failing"] = fail_everywhere(part, Group(rank, size))
     Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps(results))
     dist.destroy_process_group()
 
@@ -47,11 +52,8 @@ def greedy(
     part = model.config
     cache = KVCache.allocate(part, num_blocks=3, block_size=8, dtype=torch.float32, by_token=True)
     backend = CudaBackend(part, cache, 256, kernels=TWINS)
-    forward = (
-        FusedForward(model, backend)
-        if group is None
-        else FusedForward(model, backend, reduce=group.add_up, gather_logits=group.put_together)
-    )
+    exchange = None if group is None else Exchange(group, model)
+    forward = FusedForward(model, backend, exchange=exchange)
     first = logits = forward(single_sequence(PROMPT, block_table=[2, 0, 1], block_size=8)).clone()
     tokens: list[int] = []
     for start in range(len(PROMPT), 20):
@@ -62,16 +64,84 @@ def greedy(
     return first, tokens
 
 
-def test_two_processes_are_one_model(tmp_path: Path) -> None:
+@torch.inference_mode()
+def fail_everywhere(part: torch.nn.Module, group: Group) -> tuple[list[str], torch.Tensor]:
+    """The prompt again and again; rank 1 fails at each norm in turn, then at the logits, then after
+    them, then never. (what each process raised, the last logits)"""
+    cache = KVCache.allocate(
+        part.config, num_blocks=3, block_size=8, dtype=torch.float32, by_token=True
+    )
+    exchange = Exchange(group, part)
+    forward = FusedForward(
+        part, CudaBackend(part.config, cache, 256, kernels=TWINS), exchange=exchange
+    )
+    batch = single_sequence(PROMPT, block_table=[2, 0, 1], block_size=8)  # logits of each token
+    forward.reserve(num_seats=1, num_rows=len(PROMPT), num_tokens=len(PROMPT))
+    healthy_norm, put_together = forward._add_norm, exchange.put_together
+    num_norms = 2 * part.config.num_layers + 1
+    raised, logits = [], torch.empty(0)
+
+    def call_next(norms: Iterator[Callable[..., torch.Tensor]], *inputs: Any) -> torch.Tensor:
+        return next(norms)(*inputs)
+
+    def fail(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("here")
+
+    for place in range(num_norms + 3):
+        norms = iter([healthy_norm] * place + [fail] + [healthy_norm] * num_norms)
+        if group.rank == 1 and place < num_norms:
+            forward._add_norm = partial(call_next, norms)  # type: ignore[method-assign]
+        if group.rank == 1 and place == num_norms:
+            exchange.put_together = fail  # type: ignore[method-assign]
+        try:
+            with forward.step(len(PROMPT), len(PROMPT)):
+                logits = forward(batch).clone()
+                if group.rank == 1 and place == num_norms + 1:
+                    fail()
+            raised.append("")
+        except torch.OutOfMemoryError as error:
+            raised.append(str(error))
+        forward._add_norm = healthy_norm  # type: ignore[method-assign]
+        exchange.put_together = put_together  # type: ignore[method-assign]
+    return raised, logits
+
+
+def test_one_that_fails_keeps_nobody_waiting(parts: list[dict[str, Any]]) -> None:
+    """Wherever it fails: the other comes to the end, and the next forward is the right one."""
+    for name, config in CONFIGS.items():
+        places = 2 * config.num_layers + 4
+        assert parts[0][f"{name}, failing"][0] == [""] * places
+        assert parts[1][f"{name}, failing"][0] == ["here"] * (places - 1) + [""]
+        for part in parts:
+            assert torch.equal(part[f"{name}, failing"][1], part[name][0])
+
+
+def test_what_fails_in_a_sum_cannot_be_mended(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("connection reset")
+
+    monkeypatch.setattr(dist, "all_reduce", broken)
+    exchange = Exchange(Group(0, 2), random_model(TINY))
+    with pytest.raises(ApartError, match="connection reset"), exchange.step(1, 0):
+        exchange.add_up(torch.zeros(1, TINY.hidden_size))
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What two processes found."""
+    folder: Path = tmp_path_factory.mktemp("parts")
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.model.gpu.test_parallel", str(rank), "2", str(tmp_path)],
+            [sys.executable, "-m", "tests.model.gpu.test_parallel", str(rank), "2", str(folder)],
             cwd=Path(__file__).parents[3],
         )
         for rank in range(2)
     ]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    parts = [pickle.loads((tmp_path / f"{rank}.pickle").read_bytes()) for rank in range(2)]
+    return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(2)]
+
+
+def test_two_processes_are_one_model(parts: list[dict[str, Any]]) -> None:
     for name, config in CONFIGS.items():
         logits, tokens = greedy(random_model(config), config, None)
         for part in parts:
