@@ -2,13 +2,14 @@
 
     python -m loadtests.load.agreement --rounds 3 --seconds 20
 
-All three see the same closed loop: so many users, each of whom asks, reads to the end, thinks for
-a moment and asks again, prompts of random ids, all of the same lengths. They think about as long as
-an answer takes: users who ask at once stay in step for minutes, and how many stand in line for
-their prompts is then a matter of how the run began. The engine has as many threads in the server as
-in the bench, on cores that nothing else runs on: --threads of them, one by default, so that on two
-cores the API process and the client share the other one. Every token is an event of its own here
-(--max-events-s), as the bench sees every token.
+All three see the same closed loop: so many users, each of whom thinks for a moment, asks, reads to
+the end, and begins again, prompts of random ids, all of the same lengths. They think about as long
+as an answer takes: users who ask at once stay in step for minutes, and how many stand in line for
+their prompts is then a matter of how the run began. In the bench each user thinks as long, pause
+for pause, as its fellow in Locust did; every round has pauses of its own. The engine has as many
+threads in the server as in the bench, on cores that nothing else runs on: --threads of them, one by
+default, so that on two cores the API process and the client share the other one. Every token is an
+event of its own here (--max-events-s), as the bench sees every token.
 
 - Server: means of its histograms over the run (sum and count are exact, buckets are not) beside
   those of Locust's raw samples, within --within, 5 percent.
@@ -33,7 +34,7 @@ import tempfile
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -171,12 +172,12 @@ def main() -> int:
         run(server.url, Plan(WARM_S, users=given.users, output_len=16, prompt_len=16))
         for number in range(given.rounds):
             before = scrape(server.url)
-            ran = run(server.url, plan)
+            ran = run(server.url, replace(plan, seed=number))
             whole = [one for one in ran.samples if not one.was_cut]
             server_rounds.append(beside_server(before, scrape(server.url), whole))
             if given.url is None:
                 with _on(engine_cores):
-                    alone = _bench(given, engine, len(whole))
+                    alone = _bench(given, engine, number, len(whole))
                 bench_rounds.append(beside_bench(ran, alone))
             print(f"round {number + 1}: {len(whole)} requests", flush=True)
     verdicts = _verdicts("server", server_rounds, given.within)
@@ -219,12 +220,15 @@ def _move_engine(server: Target, cores: set[int]) -> None:
     os.sched_setaffinity(engine.pid, cores)
 
 
-def _bench(given: argparse.Namespace, engine: list[str], num_requests: int) -> dict[str, float]:
+def _bench(
+    given: argparse.Namespace, engine: list[str], seed: int, num_requests: int
+) -> dict[str, float]:
     """The same users without HTTP."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "bench.json"
         command = [sys.executable, "-m", "service", "bench", *engine]
         command += ["--concurrency", str(given.users), "--think-s", str(given.think_s)]
+        command += ["--seed", str(seed)]
         command += ["--prompt-len", str(given.prompt_len), "--output-len", str(given.output_len)]
         command += ["--num-requests", str(max(num_requests, 4 * given.users))]
         command += ["--warmup", "0", "--repeat", "1", "--json", str(path)]

@@ -54,7 +54,13 @@ class StreamUser(FastHttpUser):
     def on_start(self) -> None:
         options = self.environment.parsed_options
         self.options = options
-        self.rng = random.Random(f"{options.load_seed} {next(_numbers)}")
+        # Of all users of all worker processes.
+        who = f"{next(_numbers)}"
+        if self.environment.runner.worker_index:
+            who = f"{self.environment.runner.worker_index}.{who}"
+        self.rng = random.Random(f"{options.load_seed} {who}")
+        # `vitrine bench` draws the same (service/bench/workload.py).
+        self.thinking = random.Random(f"{options.load_seed} user {who} thinking")
         self.key = {"authorization": f"Bearer {options.api_key}"} if options.api_key else {}
         self.is_prepared = False
         self.sending: dict[gevent.Greenlet, Sample] = {}  # by the greenlet that sends it
@@ -66,6 +72,8 @@ class StreamUser(FastHttpUser):
         if not self.is_prepared:
             self.prepare()
             self.is_prepared = True
+            if self.options.pattern != "poisson":
+                gevent.sleep(self.wait_time())
         if self.options.pattern == "poisson":
             self._dispatch()
         else:
@@ -74,7 +82,7 @@ class StreamUser(FastHttpUser):
     def wait_time(self) -> float:
         """Locust waits so long between two requests of a user."""
         mean_s: float = self.options.think_s
-        return self.rng.expovariate(1 / mean_s) if mean_s else 0.0
+        return self.thinking.expovariate(1 / mean_s) if mean_s else 0.0
 
     def prepare(self) -> None:
         """Ask the server what must be known. Raises `StopUser`, a failure having been reported."""

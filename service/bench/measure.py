@@ -104,7 +104,7 @@ def drive(core: EngineCore, loop: Loop) -> Run:
             record.token_times_s += [now_s] * len(output.token_ids)
             record.cached_prompt_tokens = output.cached_prompt_tokens
             if output.finish_reason is not None:
-                loop.ended(now_s)
+                loop.ended(output.id, now_s)
         total = core.stats().prompt_tokens
         steps.append(StepRecord(core.last_step, total - prompt_tokens, tuple(contexts)))
         prompt_tokens = total

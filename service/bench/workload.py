@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from typing import Protocol
@@ -49,7 +49,7 @@ class Loop(Protocol):
     def take(self) -> Arrival:
         """The next request."""
 
-    def ended(self, now_s: float) -> None:
+    def ended(self, request_id: int, now_s: float) -> None:
         """One of those taken has."""
 
 
@@ -67,27 +67,32 @@ class OpenLoop:
         self._free -= 1
         return self._waiting.popleft()
 
-    def ended(self, now_s: float) -> None:
+    def ended(self, request_id: int, now_s: float) -> None:
         self._free += 1
 
 
 class ClosedLoop:
-    """Each of so many users asks, waits for the end, thinks, and asks again."""
+    """Each of so many users thinks, asks, waits for the end, and begins again. `pauses` has each
+    one's times of thinking, in seconds."""
 
-    def __init__(self, requests: Iterable[Submit], users: int, think: Callable[[], float]) -> None:
+    def __init__(self, requests: Iterable[Submit], pauses: Sequence[Iterator[float]]) -> None:
         self._waiting = deque(requests)
-        self._think = think
-        self._moments = [think() for _ in range(users)]
+        self._pauses = pauses
+        self._users: dict[int, int] = {}  # of the requests under way
+        self._moments = [(next(pause), user) for user, pause in enumerate(pauses)]
         heapify(self._moments)
 
     def due_s(self) -> float | None:
-        return self._moments[0] if self._waiting and self._moments else None
+        return self._moments[0][0] if self._waiting and self._moments else None
 
     def take(self) -> Arrival:
-        return Arrival(heappop(self._moments), self._waiting.popleft())
+        (moment_s, user), request = heappop(self._moments), self._waiting.popleft()
+        self._users[request.id] = user
+        return Arrival(moment_s, request)
 
-    def ended(self, now_s: float) -> None:
-        heappush(self._moments, now_s + self._think())
+    def ended(self, request_id: int, now_s: float) -> None:
+        user = self._users.pop(request_id)
+        heappush(self._moments, (now_s + next(self._pauses[user]), user))
 
 
 def make_loop(workload: Workload, vocab_size: int, run: int) -> Loop:
@@ -95,12 +100,16 @@ def make_loop(workload: Workload, vocab_size: int, run: int) -> Loop:
     arrivals = make_arrivals(workload, vocab_size, run)
     if not workload.is_closed:
         return OpenLoop(arrivals, workload.batch)
-    clock, mean_s = random.Random(f"{workload.seed} thinking"), workload.think_s  # noqa: S311
-    return ClosedLoop(
-        (arrival.request for arrival in arrivals),
-        workload.batch,
-        lambda: clock.expovariate(1 / mean_s) if mean_s else 0.0,
-    )
+    users = [pauses(workload.seed, user, workload.think_s) for user in range(workload.batch)]
+    return ClosedLoop((arrival.request for arrival in arrivals), users)
+
+
+def pauses(seed: int, user: int, mean_s: float) -> Iterator[float]:
+    """How long a user thinks, again and again. Locust's users with the same seed and number think
+    as long (loadtests/load/users.py), so that both can be compared pause for pause."""
+    clock = random.Random(f"{seed} user {user} thinking")  # noqa: S311
+    while True:
+        yield clock.expovariate(1 / mean_s) if mean_s else 0.0
 
 
 def make_arrivals(workload: Workload, vocab_size: int, run: int) -> list[Arrival]:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice, pairwise
 from pathlib import Path
 
 import httpx2
@@ -18,6 +19,7 @@ import pytest
 
 from loadtests.load.pacing import paced_server
 from loadtests.load.run import LOCUSTFILE, Plan, run
+from service.bench.workload import pauses
 from tests.servers import Server, running_server
 from tests.service.chat_model import make_chat_model
 
@@ -50,6 +52,16 @@ def test_every_figure_is_a_row_of_locusts(server: Server, tmp_path: Path) -> Non
     assert float(rows["TTFT"]["Median Response Time"]) <= float(
         rows["POST"]["Median Response Time"]
     )
+
+
+def test_a_user_thinks_as_long_as_its_fellow_in_the_bench(server: Server) -> None:
+    ran = run(server.url, Plan(3, users=1, output_len=4, think_s=0.3, seed=5))
+    samples = sorted(ran.samples, key=lambda one: one.due_ns)
+    thought = [(b.due_ns - (a.end_ns or 0)) / 1e9 for a, b in pairwise(samples)]
+    expected = pauses(5, 0, 0.3)
+    next(expected)  # before the first request
+    assert len(thought) > 3
+    assert thought == pytest.approx(list(islice(expected, len(thought))), abs=0.05)
 
 
 @pytest.mark.parametrize("workload", ["mixed", "shared", "chat"])

@@ -116,14 +116,13 @@ def test_a_workload_is_a_function_of_its_seed() -> None:
 
 def test_users_of_a_closed_loop_ask_again_when_they_have_thought() -> None:
     requests = [arrival.request for arrival in make_arrivals(WORKLOAD, 100, 0)]
-    pauses = iter([0.3, 0.1, 0.5, 9.0])
-    loop = ClosedLoop(requests, 2, lambda: next(pauses))
+    loop = ClosedLoop(requests, [iter([0.3, 0.5]), iter([0.1, 9.0, 9.0])])
     assert [loop.take().arrives_s for _ in range(2)] == [0.1, 0.3]
     assert loop.due_s() is None, "both wait for their answers"
-    loop.ended(2.0)
-    assert loop.due_s() == 2.5
+    loop.ended(requests[1].id, 2.0)
+    assert loop.due_s() == 2.5, "the first user's second pause"
     assert loop.take().request is requests[2]
-    loop.ended(3.0)
+    loop.ended(requests[0].id, 3.0)
     assert loop.due_s() is None, "there are no more"
 
 
