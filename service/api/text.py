@@ -90,6 +90,11 @@ class StopMatcher:
         self._state = 0
         self._held = ""
 
+    @property
+    def has_stops(self) -> bool:
+        """Whether there is anything to look for."""
+        return bool(self._stops.stops)
+
     def push(self, text: str, *, may_stop: bool = True) -> tuple[str, str | None]:
         """Text that may be sent, and the stop string that `text` completed, if any.
 
@@ -135,8 +140,12 @@ class AnswerText:
     def push(self, token_ids: Sequence[int]) -> TextPiece:
         """The text that these tokens make ready. After a piece with a `stop`, no more calls.
 
-        Token by token, so that the answer does not depend on how tokens arrive together.
+        Token by token where something may stop it, so that the answer does not depend on how
+        tokens arrive together.
         """
+        if not self._matcher.has_stops:
+            self._num_tokens += len(token_ids)
+            return TextPiece(self._decoder.push(token_ids), len(token_ids))
         parts = []
         for place, token_id in enumerate(token_ids):
             self._num_tokens += 1

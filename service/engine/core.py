@@ -236,7 +236,10 @@ class EngineCore:
         return None
 
     def _schedule(self) -> list[Scheduled]:
-        return self.scheduler.schedule(self.pace.prompt_tokens(*self.scheduler.num_by_phase))
+        num_decoding, num_starting = self.scheduler.num_by_phase
+        if not num_starting:  # then the pace has nothing to say, and takes its time
+            return self.scheduler.schedule()
+        return self.scheduler.schedule(self.pace.prompt_tokens(num_decoding, num_starting))
 
     def _profile(self, scheduled: list[Scheduled], flight: _Flight) -> None:
         """What a step is about to compute."""

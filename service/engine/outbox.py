@@ -27,7 +27,7 @@ class Outbox:
         """`max_events_s`: events a second of all sequences together, from which on they wait."""
         self._max_events_s = max_events_s
         self._clock = clock
-        self._waiting: dict[int, SequenceOutput] = {}
+        self._waiting: dict[int, list[SequenceOutput]] = {}
         self._known: set[int] = set()  # sequences whose first output was sent
         self._sent_at = clock()
         self._urgent: set[int] = set()
@@ -38,8 +38,7 @@ class Outbox:
         if record is not None:
             self._records.append(record)
         for output in outputs:
-            before = self._waiting.get(output.id)
-            self._waiting[output.id] = output if before is None else merged(before, output)
+            self._waiting.setdefault(output.id, []).append(output)
             if output.finish_reason is not None or output.id not in self._known:
                 self._urgent.add(output.id)
 
@@ -60,7 +59,7 @@ class Outbox:
 
     def take(self, sequence_ids: list[int], stats: EngineStats) -> StepOutput:
         """What there is of these, to be sent now, and every step's record."""
-        outputs = [self._waiting.pop(sequence_id) for sequence_id in sequence_ids]
+        outputs = [merged(self._waiting.pop(sequence_id)) for sequence_id in sequence_ids]
         self._urgent.difference_update(sequence_ids)
         for output in outputs:
             if output.finish_reason is None:
@@ -71,22 +70,27 @@ class Outbox:
         return StepOutput(outputs, stats, records)
 
 
-def merged(first: SequenceOutput, second: SequenceOutput) -> SequenceOutput:
-    """Two outputs of one sequence, in this order, as one."""
+def merged(parts: list[SequenceOutput]) -> SequenceOutput:
+    """Outputs of one sequence, in this order, as one."""
+    first, last = parts[0], parts[-1]
+    if len(parts) == 1:
+        return first
     return SequenceOutput(
-        id=second.id,
-        token_ids=first.token_ids + second.token_ids,
-        logprobs=_joined(first.logprobs, second.logprobs),
-        finish_reason=second.finish_reason,
-        stop_token_id=second.stop_token_id,
-        error=second.error,
-        is_grammar_error=second.is_grammar_error,
-        cached_prompt_tokens=max(first.cached_prompt_tokens, second.cached_prompt_tokens),
+        id=last.id,
+        token_ids=[token_id for part in parts for token_id in part.token_ids],
+        logprobs=_joined([part.logprobs for part in parts]),
+        finish_reason=last.finish_reason,
+        stop_token_id=last.stop_token_id,
+        error=last.error,
+        is_grammar_error=last.is_grammar_error,
+        cached_prompt_tokens=max(part.cached_prompt_tokens for part in parts),
         queue_s=first.queue_s,
         prefill_s=first.prefill_s,
-        explained=_joined(first.explained, second.explained),
+        explained=_joined([part.explained for part in parts]),
     )
 
 
-def _joined(first: list[T] | None, second: list[T] | None) -> list[T] | None:
-    return None if first is None and second is None else (first or []) + (second or [])
+def _joined(parts: list[list[T] | None]) -> list[T] | None:
+    """One list; None where nobody has any."""
+    there = [part for part in parts if part is not None]
+    return [one for part in there for one in part] if there else None

@@ -206,24 +206,31 @@ def build_batch(
         if item.samples:
             logits_rows.append(len(input_ids) - 1)
     num_padding = padding.padded(len(input_ids)) - len(input_ids)
-    max_blocks = max(len(item.sequence.blocks) for item in step)
-    tables = [
-        item.sequence.blocks + [0] * (max_blocks - len(item.sequence.blocks)) for item in step
-    ]
+    input_ids += [0] * num_padding
+    positions += [0] * num_padding
+    slots += [-1] * num_padding
     if logits_rows:
         logits_rows += [0] * (padding.padded(len(logits_rows)) - len(logits_rows))
+    width = max(len(item.sequence.blocks) for item in step)
+    tables: list[int] = []
+    for item in step:
+        blocks = item.sequence.blocks
+        tables += blocks
+        tables += [0] * (width - len(blocks))
 
-    def tensor(values: list[int] | list[list[int]]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
-
+    # All numbers as one tensor, which the others are parts of: torch takes longer for each list
+    # that it makes a tensor of than for all that is in it.
+    parts = (input_ids, positions, query_start, context_lens, slots, logits_rows, tables)
+    numbers = torch.from_numpy(np.array([n for part in parts for n in part], np.int64)).to(device)
+    ids, places, starts, lens, slot_mapping, rows, table = numbers.split([len(p) for p in parts])
     return ForwardBatch(
-        input_ids=tensor(input_ids + [0] * num_padding),
-        positions=tensor(positions + [0] * num_padding),
-        query_start=tensor(query_start),
-        context_lens=tensor(context_lens),
-        block_tables=tensor(tables),
-        slot_mapping=tensor(slots + [-1] * num_padding),
-        logits_rows=tensor(logits_rows),
+        input_ids=ids,
+        positions=places,
+        query_start=starts,
+        context_lens=lens,
+        block_tables=table.view(len(step), width),
+        slot_mapping=slot_mapping,
+        logits_rows=rows,
         query_start_host=tuple(query_start),
         context_lens_host=tuple(context_lens),
     )

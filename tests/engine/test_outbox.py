@@ -86,11 +86,11 @@ def test_the_parts_of_an_output_are_kept() -> None:
     last = SequenceOutput(
         1, [6], logprobs[1:], "stop", 6, cached_prompt_tokens=32, explained=seen[1:]
     )
-    assert merged(first, last) == SequenceOutput(
+    assert merged([first, last]) == SequenceOutput(
         1, [5, 6], logprobs, "stop", 6, cached_prompt_tokens=32, explained=seen, **times
     )
     failed = SequenceOutput(1, [], None, "error", None, "why", is_grammar_error=True)
-    both = merged(first, failed)
+    both = merged([first, failed])
     assert (both.token_ids, both.logprobs) == ([5], logprobs[:1])
     assert (both.finish_reason, both.error, both.is_grammar_error) == ("error", "why", True)
 
