@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import shlex
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -65,7 +66,7 @@ class Cluster:
 
     async def deploy(self, num_replicas: int, *flags: str, **options: Any) -> None:
         """Run the application, and wait until it is as asked."""
-        flags = ("--threads", str(self.arguments.threads), *self.arguments.flag, *flags)
+        flags = ("--threads", str(self.arguments.threads), *self.arguments.serve, *flags)
         wanted = Options(num_replicas=num_replicas, flags=flags, **options)
         await asyncio.to_thread(serve.run, application(wanted), name="vitrine")
         # Those of before still run for a while, and where a session goes changes with their number.
@@ -289,7 +290,9 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=100, help="of each request")
     parser.add_argument("--threads", type=int, default=1, help="compute threads of a replica")
     parser.add_argument("--ratio", type=float, default=1.7, help="asked for in `speed`")
-    parser.add_argument("--flag", nargs="*", default=[], help="more flags of `vitrine serve`")
+    parser.add_argument(
+        "--serve", type=shlex.split, default=[], help="more flags of `vitrine serve`, in one string"
+    )
     parser.add_argument("--port", type=int, default=8123)
     arguments = parser.parse_args()
     cluster = Cluster(arguments)
