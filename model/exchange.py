@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
@@ -35,25 +34,32 @@ class Exchange:
         self._weight = part.embedding.weight
         self._sums_done = 0
         self._has_gathered = self._is_inside = False
-        self.reserve(num_tokens=0, num_rows=0)
+        self._aside = self._weight.new_empty(0)
 
     def reserve(self, *, num_tokens: int, num_rows: int) -> None:
         """Put memory aside to finish a step of so many tokens and rows of logits."""
         numbers = max(
             num_tokens * self._hidden_size, (1 + self._size) * num_rows * self._num_logits
         )
-        self._aside = torch.empty(numbers, dtype=self._weight.dtype, device=self._weight.device)
+        if len(self._aside) < numbers:
+            self._aside = self._aside[:0].clone()  # there may be no room for both
+            self._aside = self._weight.new_empty(numbers)
 
     @contextmanager
     def step(self, num_tokens: int, num_rows: int) -> Iterator[None]:
         """A forward of so many tokens and rows of logits, which every process does. What is raised
         in here is raised when the others have had what they wait for. Raises `ApartError` when
         they cannot have it."""
-        self._sums_done, self._has_gathered = 0, num_rows == 0
+        self._sums_done, self._has_gathered, self._is_inside = 0, num_rows == 0, False
         try:
             yield
         except Exception as error:
-            self._finish(num_tokens, num_rows, error)
+            if self._is_inside:  # others may have had this sum, and may not
+                raise ApartError(f"{type(error).__name__}: {error}") from error
+            try:
+                self._finish(num_tokens, num_rows)
+            except Exception as second:
+                raise ApartError(f"{type(error).__name__}: {error}, then {second}") from second
             raise
 
     def add_up(self, partial: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens hidden"]:
@@ -66,28 +72,26 @@ class Exchange:
 
     def put_together(self, part: Float[Tensor, "rows part"]) -> Float[Tensor, "rows all_parts"]:
         """Everybody's runs of the vocabulary, side by side."""
-        parts = [torch.empty_like(part) for _ in range(self._size)]
+        num_rows, num_logits = part.shape
+        parts = part.new_empty(self._size, num_rows, num_logits)
         self._gather(parts, part.contiguous())
-        return torch.cat(parts, dim=-1)
+        return parts.movedim(0, 1).reshape(num_rows, self._size * num_logits)
 
-    def _gather(self, parts: list[Tensor], part: Tensor) -> None:
+    def _gather(
+        self, parts: Float[Tensor, "size rows part"], part: Float[Tensor, "rows part"]
+    ) -> None:
+        """Into one tensor: a list of them would be memory taken in here, where nothing may fail."""
         self._is_inside = True
-        dist.all_gather(parts, part)
+        dist.all_gather_into_tensor(parts.flatten(0, 1), part)
         self._is_inside = False
         self._has_gathered = True
 
-    def _finish(self, num_tokens: int, num_rows: int, error: Exception) -> None:
-        try:
-            if self._is_inside:
-                raise error
-            aside = self._aside.zero_()
-            partial = aside[: num_tokens * self._hidden_size].view(num_tokens, self._hidden_size)
-            while self._sums_done < self._num_sums:
-                self.add_up(partial.zero_())
-            if not self._has_gathered:
-                numbers = (1 + self._size) * num_rows * self._num_logits
-                own, *parts = aside[:numbers].view(1 + self._size, num_rows, self._num_logits)
-                self._gather(parts, own.zero_())
-        except Exception as second:
-            self._is_inside = False
-            raise ApartError(f"{type(error).__name__}: {error}") from second
+    def _finish(self, num_tokens: int, num_rows: int) -> None:
+        """Take part in what is left of the step, with zeros."""
+        partial = self._aside[: num_tokens * self._hidden_size].view(num_tokens, self._hidden_size)
+        while self._sums_done < self._num_sums:
+            self.add_up(partial.zero_())
+        if not self._has_gathered:
+            numbers = (1 + self._size) * num_rows * self._num_logits
+            all_rows = self._aside[:numbers].view(1 + self._size, num_rows, self._num_logits)
+            self._gather(all_rows[1:], all_rows[0].zero_())

@@ -23,14 +23,13 @@ from model.kernels import native
 from model.kernels.native import NativeKernelError
 from model.sampling import SampledTokens
 from model.transformer import Block
-from service.engine import loop, ranks, start
+from service.engine import loop, start
 from service.engine.explain_messages import Explain
 from service.engine.guests import Work
 from service.engine.profile import StepProfile
 from service.engine.runner import Runner
 from service.engine.scheduler import Scheduled
 from service.engine.sights import Sights
-from tests.poisoned_rank import poison_rank
 
 POISONED_PROMPT = [7, 7, 7, 7]
 LAYER_S = 0.8
@@ -96,6 +95,10 @@ def poisoned(fault: str) -> None:
         loop.start = lambda *_: os.abort()
         return
     if fault.startswith("rank"):
+        # Here: they need triton, which not every machine has.
+        from service.engine import ranks
+        from tests.poisoned_rank import poison_rank
+
         ranks.RANK_MODULE = "tests.poisoned_rank"
         poison_rank(0, fault)
         return
@@ -123,8 +126,9 @@ def poisoned(fault: str) -> None:
 
 
 if __name__ == "__main__":
-    if fault := os.environ.get("POISON"):
-        poisoned(fault)
-    if file := os.environ.get("LINGER"):
+    file = os.environ.get("LINGER")
+    if file is not None:
         linger(Path(file))
+    if file is None or "POISON" in os.environ:
+        poisoned(os.environ["POISON"])
     sys.exit(loop.main())

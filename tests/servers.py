@@ -114,9 +114,10 @@ def running_server(
 ) -> Iterator[Server]:
     """Start a server with these flags; whatever is left of it in the end is killed.
 
-    `unhurried`: it lingers from the first step on.
+    `unhurried`: it lingers from the first step on, its `module` being tests.poisoned_server.
     """
-    module = "tests.poisoned_server" if unhurried else module
+    if unhurried:
+        module = "tests.poisoned_server"
     port = free_port()
     log = folder / f"server-{port}.log"
     command = [sys.executable, "-m", module, "serve", "--port", str(port), *flags]

@@ -123,7 +123,9 @@ def application(options: Options) -> Application:
     """The Serve application. Raises `SettingsError`."""
     settings = replica_settings(options.flags)
     num_parts = settings.tensor_parallel_size
-    if num_parts > 1 and options.num_gpus not in (0, num_parts):
+    # A model in one part may share its GPU: a part of a GPU is something that Ray can give.
+    fits = options.num_gpus in (0, num_parts) if num_parts > 1 else options.num_gpus <= 1
+    if not fits:
         raise SettingsError(
             f"num_gpus {options.num_gpus:g} of a replica: --tensor-parallel-size {num_parts} takes "
             f"{num_parts}, or 0 to compute on CPUs"

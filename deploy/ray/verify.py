@@ -12,7 +12,7 @@ update   a rolling update under load costs nothing
 session  requests of one X-Session-Id meet their prefix again, and resume their streams
 parts    a replica of --tensor-parallel-size 2 has two GPUs of its own by a placement group and a
          process for each; one of these killed under load costs nothing (the GPUs are numbers
-         that Ray gives away, and computing is on the CPU where there are none)
+         that Ray gives away, the computing is done on the CPU)
 
 Ends with 1 at the first thing that does not hold.
 """
@@ -230,7 +230,7 @@ async def session(cluster: Cluster) -> None:
 
 
 async def parts(cluster: Cluster) -> None:
-    flags = ("--tensor-parallel-size", "2", "--dtype", "float32")
+    flags = ("--tensor-parallel-size", "2", "--device", "cpu", "--dtype", "float32")
     await cluster.deploy(2, *flags, num_cpus=2, num_gpus=2)
     groups = [one for one in placement_group_table().values() if one["state"] == "CREATED"]
     shapes = [list(one["bundles"].values()) for one in groups if one["strategy"] == "STRICT_PACK"]

@@ -170,7 +170,7 @@ def main() -> int:
     with _on(others), target(given, *engine, "--max-events-s", "1e9") as server:
         _move_engine(server, engine_cores)
         run(server.url, Plan(WARM_S, users=given.users, output_len=16, prompt_len=16))
-        for number in range(given.rounds):
+        for number in range(1, given.rounds + 1):  # the warm-up had the prompts of 0
             before = scrape(server.url)
             ran = run(server.url, replace(plan, seed=number))
             whole = [one for one in ran.samples if not one.was_cut]
@@ -179,7 +179,7 @@ def main() -> int:
                 with _on(engine_cores):
                     alone = _bench(given, engine, number, len(whole))
                 bench_rounds.append(beside_bench(ran, alone))
-            print(f"round {number + 1}: {len(whole)} requests", flush=True)
+            print(f"round {number}: {len(whole)} requests", flush=True)
     verdicts = _verdicts("server", server_rounds, given.within)
     verdicts += _verdicts("bench", bench_rounds, given.bench_within)
     Console(width=100).print(_table(verdicts))

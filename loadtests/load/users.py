@@ -54,12 +54,13 @@ class StreamUser(FastHttpUser):
     def on_start(self) -> None:
         options = self.environment.parsed_options
         self.options = options
-        # Of all users of all worker processes.
+        # Users of several worker processes must not be each other's twins; those of the first are
+        # numbered as the bench's.
         who = f"{next(_numbers)}"
         if self.environment.runner.worker_index:
             who = f"{self.environment.runner.worker_index}.{who}"
         self.rng = random.Random(f"{options.load_seed} {who}")
-        # `vitrine bench` draws the same (service/bench/workload.py).
+        # As in service/bench/workload.py.
         self.thinking = random.Random(f"{options.load_seed} user {who} thinking")
         self.key = {"authorization": f"Bearer {options.api_key}"} if options.api_key else {}
         self.is_prepared = False

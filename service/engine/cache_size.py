@@ -9,6 +9,7 @@ import torch
 
 from model.config import ModelConfig
 from model.cpu import RowPadding
+from model.exchange import ApartError
 from model.kv_cache import KVCache, bytes_per_block
 from model.parallel import Group
 from model.select import (
@@ -92,10 +93,17 @@ def _measured_blocks(
     least = -(-limits.max_model_len // config.block_size)
     per_block = bytes_per_block(model.config, config.block_size, weight.dtype)
     num_blocks, problem = 0, ""
-    forward.reserve(num_seats=1, num_rows=limits.max_num_seqs, num_tokens=limits.max_batched_tokens)
+    try:
+        forward.reserve(
+            num_seats=1, num_rows=limits.max_num_seqs, num_tokens=limits.max_batched_tokens
+        )
+    except torch.OutOfMemoryError as error:
+        raise StartError(str(error).partition("\n")[0]) from error
     try:
         memory = measure(forward, TRITON, limits, model.config.vocab_size, weight.device)
         num_blocks = memory.num_blocks(config.gpu_memory_utilization, per_block, least)
+    except ApartError as error:
+        raise StartError(f"the parts of the model have lost each other: {error}") from error
     except OutOfMemoryError as error:
         problem = str(error)
         log.error("%s: %s", weight.device, problem)

@@ -133,12 +133,20 @@ class Ranks:
         have what they wait for (model/exchange.py). Raises `failure`, or another rank's."""
         answers = [self._answer(rank) for rank in range(1, self.group.size)]
         if failure is not None:
-            raise failure
+            try:
+                raise failure
+            finally:
+                del failure  # see who calls
         for rank, answer in enumerate(answers, start=1):
             if answer.is_out_of_memory:
                 raise torch.OutOfMemoryError(f"rank {rank}: {answer.failure}")
             if answer.failure:
                 raise StepFailedError(f"rank {rank}: {answer.failure}")
+
+    def await_end(self) -> None:
+        """When sums break off, or a pipe does, a rank is probably gone, and `_die_with` is about
+        to notice: it must come before this process's own words about it."""
+        time.sleep(END_S)
 
     def free_memory(self) -> None:
         """The others give back what torch keeps, too."""
@@ -173,7 +181,8 @@ class Ranks:
     def _answer(self, rank: int) -> Answer:
         process = self._processes[rank - 1]
         line = process.stdout.readline() if process.stdout is not None else b""
-        if not line:  # it is gone, and `_die_with` will say so
+        if not line:
+            self.await_end()
             raise ApartError(f"rank {rank} has ended")
         return msgspec.json.decode(line, type=Answer)
 

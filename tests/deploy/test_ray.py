@@ -86,6 +86,8 @@ def test_all_parts_of_a_model_are_one_bundle() -> None:
     assert config(num_gpus=1)._replica_config.placement_group_bundles is None
     with pytest.raises(SettingsError, match=r"num_gpus 1 of a replica: .* 2 takes 2, or 0"):
         config(flags=flags, num_gpus=1)
+    with pytest.raises(SettingsError, match=r"num_gpus 2 of a replica: .* 1 takes 1, or 0"):
+        config(num_gpus=2)
 
 
 def test_the_configuration_file_has_arguments_that_exist() -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
 import torch
 
+from model.parallel import Group
 from service.engine.core import EngineCore
+from service.engine.device.runner import DeviceRunner
 from service.engine.device.steps import DeviceSteps, StepPlan
+from service.engine.ranks import Ranks
 from service.engine.runner import Runner, is_out_of_memory
 from service.engine.scheduler import Scheduled
 from tests.engine.engines import (
@@ -131,6 +136,48 @@ def test_what_does_not_fit_alone_costs_only_itself(
     assert results.pop(99).error == "OutOfMemoryError: nothing is left"
     assert tokens_of(results) == tokens_of(expected)
     assert core.scheduler.max_running == core.scheduler.limits.max_num_seqs, "as before"
+
+
+class NoOthers:
+    """The ranks of an engine that has one: what `Ranks` does, without processes."""
+
+    group = Group(0, 1)
+    agree = Ranks.agree
+
+    def launch(self, *_: object) -> None: ...
+
+    def free_memory(self) -> None: ...
+
+
+def test_what_a_failed_step_held_is_free_before_it_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where other ranks are heard before the error is raised, too; no collection has to help."""
+    core = make_device_core(MODEL)
+    core.runner._others = NoOthers()  # type: ignore[attr-defined]
+    launch, free_memory = DeviceSteps.launch, DeviceRunner.free_memory
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def failing(steps: DeviceSteps, plan: StepPlan, *rest: Any) -> Any:
+        if plan.layout.num_tokens > 4:
+            activations = torch.empty(8)
+            held.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError("too many tokens")
+        return launch(steps, plan, *rest)
+
+    def watched(runner: DeviceRunner) -> None:
+        assert held[-1]() is None
+        free_memory(runner)
+
+    monkeypatch.setattr(DeviceSteps, "launch", failing)
+    monkeypatch.setattr(DeviceRunner, "free_memory", watched)
+    gc.disable()
+    try:
+        results = run_all(core, [submit(1, list(range(3, 12)), max_tokens=3)])
+    finally:
+        gc.enable()
+    assert len(held) == 1, "9 tokens did not fit, 4 did"
+    assert len(results[1].token_ids) == 3
 
 
 def test_words_of_libraries_that_find_no_memory() -> None:

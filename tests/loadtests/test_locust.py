@@ -11,8 +11,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 import httpx2
 import pytest
@@ -61,7 +62,9 @@ def test_a_user_thinks_as_long_as_its_fellow_in_the_bench(server: Server) -> Non
     expected = pauses(5, 0, 0.3)
     next(expected)  # before the first request
     assert len(thought) > 3
-    assert thought == pytest.approx(list(islice(expected, len(thought))), abs=0.05)
+    late = [found - wanted for found, wanted in zip(thought, expected, strict=False)]
+    assert min(late) > -0.005, "nobody thinks shorter"
+    assert median(late) < 0.05, "and longer only where the machine has no time"
 
 
 @pytest.mark.parametrize("workload", ["mixed", "shared", "chat"])

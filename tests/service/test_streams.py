@@ -39,8 +39,10 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @contextmanager
 def lingering(house: Server) -> Iterator[None]:
     house.linger()
-    yield
-    house.hurry()
+    try:
+        yield
+    finally:
+        house.hurry()
 
 
 def read(

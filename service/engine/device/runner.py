@@ -57,6 +57,10 @@ class Others(Protocol):
         happened to another: nobody's step counts then."""
         ...
 
+    def await_end(self) -> None:
+        """If one of them has ended, this process ends here as it did."""
+        ...
+
     def free_memory(self) -> None: ...
 
     def clear(self, blocks: list[int]) -> None: ...
@@ -192,10 +196,14 @@ class DeviceRunner:
                 upload.send(plan.num_numbers)
                 launched = self._steps.launch(plan, asked, mask)
         except ApartError:
+            self._others.await_end()
             raise
         except Exception as error:  # noqa: BLE001 - it is raised when the others have been heard
             failure = error
-        self._others.agree(failure)
+        try:
+            self._others.agree(failure)
+        finally:  # its traceback holds this frame, which would hold all that the step had
+            failure = None
         return launched
 
     def _plan(self, step: list[Scheduled], columns: Columns) -> StepPlan:
