@@ -108,6 +108,7 @@ class CompiledForward:
             self._kept += [cos, sin]
             self._struct.cos, self._struct.sin = cos.data_ptr(), sin.data_ptr()
         self._scratch = Scratch()
+        self._watched: _Watched | None = None
 
     @property
     def nbytes(self) -> int:
@@ -154,7 +155,10 @@ class CompiledForward:
             )
             step.panels = panels.data_ptr()
         if batch.watch is not None:
-            watched = _Watched(batch, batch.watch, self._cache.block_size, threads)
+            watched = self._watched
+            if watched is None or not watched.fits(batch, threads):
+                watched = _Watched(batch, batch.watch, self._cache.block_size, threads)
+                self._watched = watched  # the next step's is often the same
             step.watch = ctypes.pointer(watched.struct)
         logits = self._scratch.at_least("logits", num_logits, config.vocab_size, torch.float32)
         step.logits = logits.data_ptr()
@@ -207,6 +211,7 @@ class _Watched:
     """A watch as the kernel takes it, with what it points into."""
 
     def __init__(self, batch: ForwardBatch, watch: Watch, block_size: int, threads: int) -> None:
+        self._of, self._num_seqs, self._threads = watch, batch.num_seqs, threads
         columns, longest = watch.sums.shape[2], max(batch.context_lens_host[s] for s in watch.seqs)
         if longest > columns or columns % block_size:
             raise ValueError(
@@ -238,6 +243,16 @@ class _Watched:
             weights=watch.weights.data_ptr(),
             tokens=watch.tokens.data_ptr(),
             logprobs=watch.logprobs.data_ptr(),
+        )
+
+    def fits(self, batch: ForwardBatch, threads: int) -> bool:
+        """Whether it is this batch's as well."""
+        watch = self._of
+        return (
+            watch is batch.watch
+            and self._num_seqs == batch.num_seqs
+            and self._threads >= threads
+            and max(batch.context_lens_host[seq] for seq in watch.seqs) <= watch.sums.shape[2]
         )
 
 

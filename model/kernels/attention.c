@@ -32,13 +32,18 @@ INLINE void prefetch(const void *base, int64_t at, int is_bf16) {
     __builtin_prefetch((const char *)base + at * (is_bf16 ? 2 : 4), 0, 2);
 }
 
+/* A row's scores, -infinity where it sees nothing, and what makes weights of them. */
+typedef struct {
+    float *scores, highest, share; /* weight: e^(score - highest) * share */
+} Kept;
+
 /* `rows` queries of one KV head (compile-time 1 or 4) against a sequence's keys.
  * q: (rows, head_dim) float32, already scaled. limit[r]: keys that row r sees, from first[r].
- * kept: NULL, or where the scores of each row go; NULL for a row that nobody watches. */
+ * kept: NULL, or what is to be left of each row whose `scores` is not NULL. */
 INLINE void attend_rows(
     const int rows, const int dim_lanes, const int block_lanes, const int is_bf16,
     const Model *s, int64_t head, const void *keys, const void *values, const int64_t *table,
-    const float *q, const int64_t *first, const int64_t *limit, float *const *kept, float *out) {
+    const float *q, const int64_t *first, const int64_t *limit, Kept *kept, float *out) {
     const int64_t d = s->head_dim, size = s->block_size;
     const int nd = dim_lanes ? dim_lanes : (int)(d / LANES);
     const int nb = block_lanes ? block_lanes : (int)(size / LANES);
@@ -85,7 +90,8 @@ INLINE void attend_rows(
                               (position < splat((float)first[r]));
                 score[r][b] = choose(hidden, splat(-INFINITY), score[r][b]);
                 top = choose(score[r][b] > top, score[r][b], top);
-                if (kept && kept[r]) store(kept[r], tile * size + b * LANES, score[r][b], 0);
+                if (kept && kept[r].scores)
+                    store(kept[r].scores, tile * size + b * LANES, score[r][b], 0);
             }
             float tile_top = max_lane(top);
             if (tile_top > highest[r]) {
@@ -124,6 +130,7 @@ INLINE void attend_rows(
             vec v = acc[r][n] * share;
             memcpy(out + r * d + n * LANES, &v, sizeof v);
         }
+        if (kept) kept[r].highest = highest[r], kept[r].share = share[0];
     }
 }
 
@@ -141,13 +148,13 @@ INLINE void attend_rows(
 
 static __attribute__((noinline)) void attend_four(
     const Model *s, int64_t head, const void *keys, const void *values, const int64_t *table,
-    const float *q, const int64_t *first, const int64_t *limit, float *const *kept, float *out) {
+    const float *q, const int64_t *first, const int64_t *limit, Kept *kept, float *out) {
     if (s->is_bf16) BY_DIM(4, 1) else BY_DIM(4, 0)
 }
 
 static __attribute__((noinline)) void attend_one(
     const Model *s, int64_t head, const void *keys, const void *values, const int64_t *table,
-    const float *q, const int64_t *first, const int64_t *limit, float *const *kept, float *out) {
+    const float *q, const int64_t *first, const int64_t *limit, Kept *kept, float *out) {
     if (s->is_bf16) BY_DIM(1, 1) else BY_DIM(1, 0)
 }
 
@@ -199,25 +206,15 @@ static void write_cache(const Model *m, const Layer *l, const Step *s, int64_t t
  * layers. A row's heads of one KV head are one thread's, and layers follow each other: the sums do
  * not depend on who else is there. */
 static void add_weights(const Model *m, const Layer *l, const Watch *w, int64_t row, int64_t head,
-                        int64_t first, int64_t limit, float *scores) {
+                        int64_t first, int64_t limit, const Kept *kept) {
     const int64_t size = m->block_size, begin = first / size * size;
     const int64_t end = (limit + size - 1) / size * size;
     const int64_t kv_head = head / (m->num_heads / m->num_kv_heads);
     float *sums = w->sums + (row * m->num_kv_heads + kv_head) * w->stride;
-    vec top = splat(-INFINITY), total = splat(0);
+    float *scores = kept->scores;
+    const vec highest = splat(kept->highest), share = splat(kept->share);
     for (int64_t j = begin; j < end; j += LANES) {
-        const vec score = load(scores, j, 0);
-        top = choose(score > top, score, top);
-    }
-    const vec highest = splat(max_lane(top));
-    for (int64_t j = begin; j < end; j += LANES) {
-        const vec power = exp_vec(load(scores, j, 0) - highest);
-        total += power;
-        store(scores, j, power, 0);
-    }
-    const vec share = splat(1.0f / sum_lanes(total));
-    for (int64_t j = begin; j < end; j += LANES) {
-        const vec weight = load(scores, j, 0) * share;
+        const vec weight = exp_vec(load(scores, j, 0) - highest) * share;
         store(scores, j, weight, 0);
         store(sums, j, load(sums, j, 0) + weight, 0);
     }
@@ -241,7 +238,7 @@ static void attend(const Model *m, const Layer *l, const Step *s, const int64_t 
         const int count = num_rows - row >= ROWS_MAX ? ROWS_MAX : 1;
         float q[ROWS_MAX * MAX_HEAD_DIM], mixed[ROWS_MAX * MAX_HEAD_DIM];
         int64_t first[ROWS_MAX], limit[ROWS_MAX], at[ROWS_MAX];
-        float *kept[ROWS_MAX] = {NULL};
+        Kept kept[ROWS_MAX] = {{NULL, 0, 0}};
         for (int r = 0; r < count; r++) {
             const int64_t token = job[1] + (row + r) / group;
             const int64_t query = head * group + (row + r) % group;
@@ -252,9 +249,9 @@ static void attend(const Model *m, const Layer *l, const Step *s, const int64_t 
                          q + r * d);
             for (int64_t i = 0; i < d; i++) q[r * d + i] *= m->scale;
             if (watched >= 0 && token + 1 == s->query_start[seq + 1])
-                kept[r] = w->scores + (omp_get_thread_num() * ROWS_MAX + r) * w->stride;
+                kept[r].scores = w->scores + (omp_get_thread_num() * ROWS_MAX + r) * w->stride;
         }
-        float *const *keep = watched >= 0 ? kept : NULL;
+        Kept *keep = watched >= 0 ? kept : NULL;
         if (count == ROWS_MAX)
             attend_four(m, head, l->keys, l->values, table, q, first, limit, keep, mixed);
         else
@@ -263,9 +260,9 @@ static void attend(const Model *m, const Layer *l, const Step *s, const int64_t 
             for (int64_t i = 0; i < d; i += LANES)
                 store(s->mixed, at[r] + i, load(mixed, r * d + i, 0), (int)m->is_bf16);
         for (int r = 0; r < count; r++)
-            if (kept[r])
+            if (kept[r].scores)
                 add_weights(m, l, w, watched, head * group + (row + r) % group, first[r], limit[r],
-                            kept[r]);
+                            &kept[r]);
         row += count;
     }
 }

@@ -21,7 +21,7 @@ from model.token_mask import TokenMask
 from service.engine.profile import StepProfile
 from service.engine.scheduler import Scheduled
 from service.engine.sequence import Sequence
-from service.engine.sights import NOTHING_SEEN, Sights, seen, watching
+from service.engine.sights import NOTHING_SEEN, Sights, Watcher, seen
 
 NOTHING_SAMPLED = SampledTokens(torch.empty(0, dtype=torch.int64))
 
@@ -108,6 +108,11 @@ class Runner:
     padding: RowPadding
     # Called between layers with the step's number of tokens: a sign of life.
     heartbeat: Callable[[int], None] | None = None
+    watcher: Watcher = field(init=False)
+
+    def __post_init__(self) -> None:
+        watcher = Watcher(self.config, self.cache.block_size, self.device)
+        object.__setattr__(self, "watcher", watcher)
 
     @property
     def can_watch(self) -> bool:
@@ -131,7 +136,7 @@ class Runner:
         took is added to `profile`."""
         began = time.monotonic()
         batch = build_batch(step, self.cache.block_size, self.padding, self.device)
-        batch = watching(batch, step, self.config, self.cache.block_size, self.device)
+        batch = self.watcher.watching(batch, step)
         drawing = [item.sequence for item in step if item.samples]
         rows = [_sampling_row(sequence) for sequence in drawing]
         sampling = SamplingBatch.build(

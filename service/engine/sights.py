@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from model.batch import ForwardBatch
+from model.batch import ForwardBatch, Watch
 from model.config import ModelConfig
 from model.explain.attended import watch
 from service.engine.explain_messages import NUM_POSITIONS, NUM_TOP, Sight
@@ -22,32 +22,42 @@ Sights = Mapping[int, Sight]  # by the sequence's id
 NOTHING_SEEN: Sights = {}
 
 
-def watching(
-    batch: ForwardBatch,
-    step: list[Scheduled],
-    config: ModelConfig,
-    block_size: int,
-    device: torch.device,
-) -> ForwardBatch:
-    """The batch, with those of its sequences watched that want it and get a token."""
-    heads = {
-        place: item.sequence.explain
-        for place, item in enumerate(step)
-        if item.sequence.explain is not None and item.samples
-    }
-    if not heads:
-        return batch
-    longest_context = max(batch.context_lens_host[place] for place in heads)
-    watching = watch(
-        config,
-        heads,
-        longest_context,
-        block_size,
-        device,
-        num_places=NUM_POSITIONS,
-        num_tokens=NUM_TOP,
-    )
-    return replace(batch, watch=watching)
+class Watcher:
+    """Watches steps, with the same tensors as long as the same are watched: making a dozen of them
+    takes as long as the watching itself (loadtests/NOTES.md, 2026-11-28)."""
+
+    def __init__(self, config: ModelConfig, block_size: int, device: torch.device) -> None:
+        self._config, self._block_size, self._device = config, block_size, device
+        self._heads: dict[int, list[tuple[int, int]]] = {}
+        self._watch: Watch | None = None
+
+    def watching(self, batch: ForwardBatch, step: list[Scheduled]) -> ForwardBatch:
+        """The batch, with those of its sequences watched that want it and get a token. What is
+        found is there until the next call."""
+        heads = {
+            place: item.sequence.explain
+            for place, item in enumerate(step)
+            if item.sequence.explain is not None and item.samples
+        }
+        if not heads:
+            return batch
+        longest = max(batch.context_lens_host[place] for place in heads)
+        kept = self._watch
+        if kept is not None and self._heads == heads and longest <= kept.sums.shape[2]:
+            kept.sums.zero_()
+            kept.chosen.zero_()
+        else:
+            kept = watch(
+                self._config,
+                heads,
+                longest,
+                self._block_size,
+                self._device,
+                num_places=NUM_POSITIONS,
+                num_tokens=NUM_TOP,
+            )
+            self._heads, self._watch = heads, kept
+        return replace(batch, watch=kept)
 
 
 def seen(batch: ForwardBatch, step: list[Scheduled]) -> Sights:
