@@ -20,6 +20,7 @@ while [[ ${1:-} == --* ]]; do
     case $1 in
     --target) target=$2; shift 2 ;;
     --keep) keep=yes; shift ;;
+    --help) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"; exit 0 ;;
     *) echo "unknown flag $1" >&2; exit 2 ;;
     esac
 done
@@ -37,6 +38,8 @@ say() { printf '%6ss  %s\n' "$SECONDS" "$*"; }
 storage() { buildah --root "$work/storage" --runroot "$work/run" --storage-driver overlay "$@"; }
 finish() {
     storage umount --all >/dev/null 2>&1 || true
+    # A build that failed leaves the layers of its steps mounted.
+    awk -v work="$work/" 'index($2, work) == 1 { print $2 }' /proc/mounts | tac | xargs -r umount --lazy
     [[ -n $keep ]] || rm -rf "$work"
 }
 trap finish EXIT
