@@ -7,6 +7,8 @@ from __future__ import annotations
 import json
 import select
 import socket
+import struct
+import sys
 import time
 from bisect import bisect_left
 from collections.abc import Callable
@@ -18,6 +20,9 @@ from loadtests.peers.work import PeerError
 
 LIMIT_S = 600.0
 EVENT_END = b"\n\n"
+SO_TIMESTAMPNS = 35  # socket(7): a timespec beside what is received; Python has no name for it
+TIMESPEC = struct.Struct("@ll")
+STAMP_BYTES = socket.CMSG_SPACE(TIMESPEC.size)
 
 Json = dict[str, object]
 
@@ -44,31 +49,34 @@ class Stream:
 def read_all(
     url: str, bodies: list[Json], understand: Callable[[Json], Seen], look_every_s: float = 0.0
 ) -> tuple[float, list[Stream]]:
-    """POST every body at once; when that began, and what each stream brought.
+    """POST every body at once, on connections that are open; when that began, and what each
+    stream brought.
 
-    look_every_s: 0 reads each event as it comes, and stamps it then. Longer, the client sleeps
-        in between: it computes next to nothing, and the server's writes wake nobody up, as when
-        the client is another machine. From the first stream's end on it looks ten times as often,
-        so that the last one's is known.
+    look_every_s: 0 reads each event as it comes. Longer, the client sleeps in between: it
+        computes next to nothing, and the server's writes wake nobody up, as when the client is
+        another machine. Stamps are the kernel's, of when bytes came, whenever they are read; where
+        it has none, of the reading.
 
     Raises `PeerError` for another answer than a whole stream, `TimeoutError` after ten minutes.
     """
+    connections = [_connected(url) for _ in bodies]
+    requests = [_request(url, body) for body in bodies]
     began = time.perf_counter()
-    answers = [Answer(_asked(url, body)) for body in bodies]
+    for connection, request in zip(connections, requests, strict=True):
+        connection.sendall(request)
+    answers = [Answer(connection) for connection in connections]
     coming = {answer.connection.fileno(): answer for answer in answers}
     look = select.poll()
     for descriptor in coming:
         look.register(descriptor, select.POLLIN)
-    pause_s = look_every_s
     while coming:
         if time.perf_counter() - began > LIMIT_S:
             raise TimeoutError(f"{len(coming)} of {len(bodies)} streams had no end in {LIMIT_S} s")
-        time.sleep(pause_s)
+        time.sleep(look_every_s)
         for descriptor, _ in look.poll(1000):
             if not coming[descriptor].read():
                 look.unregister(descriptor)
                 coming.pop(descriptor).connection.close()
-                pause_s = look_every_s / 10
     return began, [_stream(url, answer, understand) for answer in answers]
 
 
@@ -83,23 +91,34 @@ class Answer:
 
     def read(self) -> bool:
         """What has come; False at the end."""
-        piece = self.connection.recv(1 << 18)
-        self.stamps.append(time.perf_counter())
+        piece, notes, _, _ = self.connection.recvmsg(1 << 18, STAMP_BYTES)
+        now = time.perf_counter()
+        for _, kind, data in notes:
+            if kind == SO_TIMESTAMPNS:
+                seconds, nanoseconds = TIMESPEC.unpack(data)
+                now -= max(0.0, time.time() - seconds - nanoseconds / 1e9)
+        self.stamps.append(now)
         self.pieces.append(piece)
         return bool(piece)
 
 
-def _asked(url: str, body: Json) -> socket.socket:
+def _connected(url: str) -> socket.socket:
+    parts = urlsplit(url)
+    connection = socket.create_connection((parts.hostname, parts.port), timeout=LIMIT_S)
+    if sys.platform == "linux":
+        connection.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+    return connection
+
+
+def _request(url: str, body: Json) -> bytes:
     parts = urlsplit(url)
     payload = json.dumps(body).encode()
-    connection = socket.create_connection((parts.hostname, parts.port), timeout=LIMIT_S)
-    connection.sendall(
+    head = (
         f"POST {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\n"
         "Content-Type: application/json\r\nAccept: text/event-stream\r\n"
-        f"Content-Length: {len(payload)}\r\nConnection: close\r\n\r\n".encode()
-        + payload
+        f"Content-Length: {len(payload)}\r\nConnection: close\r\n\r\n"
     )
-    return connection
+    return head.encode() + payload
 
 
 def _stream(url: str, answer: Answer, understand: Callable[[Json], Seen]) -> Stream:

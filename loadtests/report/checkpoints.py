@@ -64,4 +64,6 @@ def _values(name: str, size: list[int], generator: torch.Generator) -> torch.Ten
 
 if __name__ == "__main__":
     # python -m loadtests.report.checkpoints gpt2 runs/checkpoints
+    if sys.argv[1] not in PUBLISHED:
+        raise SystemExit(f"{sys.argv[1]!r} is none of the shapes {', '.join(sorted(PUBLISHED))}")
     print(make_checkpoint(sys.argv[1], Path(sys.argv[2])))

@@ -16,7 +16,7 @@ more pieces cost no more risk, and it takes the time that was saved: it still ge
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_right
 from collections import deque
 
 SHARE = 0.05
@@ -32,9 +32,8 @@ class GuestPace:
     """Told of every gap between steps and of every piece; says when the next piece may run."""
 
     def __init__(self) -> None:
-        self._gaps_s: deque[float] = deque()  # without the guest's part
-        self._ordered_s: list[float] = []  # the same by length
-        self._longest_s = 0.0  # a longer gap is one that no stream would have without guests
+        self._gaps_s: deque[float] = deque(maxlen=NUM_GAPS)  # without the guest's part
+        self._by_length: list[float] | None = None  # the same; None: nobody asked since the last
         self._pieces_s: deque[float] = deque(maxlen=NUM_PIECES)
         self._time_s = 0.0  # credits
         self._risk = 1.0  # nothing is known of the first piece
@@ -47,7 +46,8 @@ class GuestPace:
         if self._guest_s and self._knows_gaps:
             has_spoilt = own_s <= self._longest_s < gap_s
             self._risk += self._staked - has_spoilt
-        self._remember(own_s)
+        self._gaps_s.append(own_s)
+        self._by_length = None
         self._guest_s = self._staked = 0.0
         self._time_s = min(MOST_CREDIT_S, self._time_s + SHARE * gap_s)
         self._risk = min(1.0, self._risk + 1 / RARE)
@@ -82,12 +82,18 @@ class GuestPace:
     def _knows_gaps(self) -> bool:
         return len(self._gaps_s) >= FEWEST_GAPS
 
-    def _remember(self, gap_s: float) -> None:
-        self._gaps_s.append(gap_s)
-        insort(self._ordered_s, gap_s)
-        if len(self._gaps_s) > NUM_GAPS:
-            del self._ordered_s[bisect_left(self._ordered_s, self._gaps_s.popleft())]
-        self._longest_s = ROOM * self._ordered_s[int(0.99 * (len(self._ordered_s) - 1))]
+    @property
+    def _ordered_s(self) -> list[float]:
+        """The gaps by length. Most engines have no guest most of the time, and nobody asks."""
+        if self._by_length is None:
+            self._by_length = sorted(self._gaps_s)
+        return self._by_length
+
+    @property
+    def _longest_s(self) -> float:
+        """A longer gap is one that no stream would have without guests."""
+        ordered_s = self._ordered_s
+        return ROOM * ordered_s[int(0.99 * (len(ordered_s) - 1))] if ordered_s else 0.0
 
     def _risk_of(self, guest_s: float) -> float:
         """How likely a gap with so much of a guest in it is one of the longest."""

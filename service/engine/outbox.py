@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TypeVar
 
-from service.engine.messages import EngineStats, SequenceOutput, StepOutput, StepRecord
-
-T = TypeVar("T")
+from service.engine.explain_messages import Sight
+from service.engine.messages import (
+    EngineStats,
+    SequenceOutput,
+    StepOutput,
+    StepRecord,
+    TokenLogprob,
+)
 
 _SHORTEST_PAUSE_S = 0.004  # a shorter one costs more than it saves
 _LONGEST_PAUSE_S = 0.05  # more than that a reader would see
@@ -37,10 +41,15 @@ class Outbox:
         """What a step gave, and what it was."""
         if record is not None:
             self._records.append(record)
+        waiting, known = self._waiting, self._known
         for output in outputs:
-            self._waiting.setdefault(output.id, []).append(output)
-            if output.finish_reason is not None or output.id not in self._known:
-                self._urgent.add(output.id)
+            sequence_id = output.id
+            if sequence_id in waiting:
+                waiting[sequence_id].append(output)
+            else:
+                waiting[sequence_id] = [output]
+            if output.finish_reason is not None or sequence_id not in known:
+                self._urgent.add(sequence_id)
 
     def forget(self, sequence_id: int) -> None:
         """It was aborted: nothing of it is sent any more."""
@@ -75,22 +84,28 @@ def merged(parts: list[SequenceOutput]) -> SequenceOutput:
     first, last = parts[0], parts[-1]
     if len(parts) == 1:
         return first
+    token_ids: list[int] = []
+    num_cached = 0
+    logprobs: list[TokenLogprob] | None = None
+    explained: list[Sight] | None = None
+    for part in parts:  # one loop, as it stands between two steps
+        token_ids += part.token_ids
+        if part.cached_prompt_tokens > num_cached:
+            num_cached = part.cached_prompt_tokens
+        if part.logprobs is not None:
+            logprobs = [*(logprobs or ()), *part.logprobs]
+        if part.explained is not None:
+            explained = [*(explained or ()), *part.explained]
     return SequenceOutput(
         id=last.id,
-        token_ids=[token_id for part in parts for token_id in part.token_ids],
-        logprobs=_joined([part.logprobs for part in parts]),
+        token_ids=token_ids,
+        logprobs=logprobs,
         finish_reason=last.finish_reason,
         stop_token_id=last.stop_token_id,
         error=last.error,
         is_grammar_error=last.is_grammar_error,
-        cached_prompt_tokens=max(part.cached_prompt_tokens for part in parts),
+        cached_prompt_tokens=num_cached,
         queue_s=first.queue_s,
         prefill_s=first.prefill_s,
-        explained=_joined([part.explained for part in parts]),
+        explained=explained,
     )
-
-
-def _joined(parts: list[list[T] | None]) -> list[T] | None:
-    """One list; None where nobody has any."""
-    there = [part for part in parts if part is not None]
-    return [one for part in there for one in part] if there else None
