@@ -54,8 +54,8 @@ def read_all(
 
     look_every_s: 0 reads each event as it comes. Longer, the client sleeps in between: it
         computes next to nothing, and the server's writes wake nobody up, as when the client is
-        another machine. Stamps are the kernel's, of when bytes came, whenever they are read; where
-        it has none, of the reading.
+        another machine. Stamps are the kernel's, of when bytes came (the last of those read at
+        once); where it has none, of the reading.
 
     Raises `PeerError` for another answer than a whole stream, `TimeoutError` after ten minutes.
     """
@@ -91,7 +91,7 @@ class Answer:
 
     def read(self) -> bool:
         """What has come; False at the end."""
-        piece, notes, _, _ = self.connection.recvmsg(1 << 18, STAMP_BYTES)
+        piece, notes, _, _ = self.connection.recvmsg(1 << 16, STAMP_BYTES)
         now = time.perf_counter()
         for _, kind, data in notes:
             if kind == SO_TIMESTAMPNS:

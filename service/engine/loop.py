@@ -119,7 +119,7 @@ def serve(socket: zmq.Socket[bytes]) -> None:
         if stepped:
             guests.after_step(is_last=not core.has_work)
         elif guests.has_work:
-            guests.alone(is_wanted=lambda: has_message(socket, 0))
+            guests.alone(is_wanted=lambda: bool(socket.poll(0)))
 
 
 def import_libraries() -> str:
@@ -159,7 +159,7 @@ def handle_messages(
     """Take in what has arrived; waits a heartbeat's length when there is nothing to do.
     False when the engine is to end."""
     wait_ms = 0 if core.has_work or guests.has_work else int(HEARTBEAT_S * 1000)
-    while has_message(socket, wait_ms):
+    while socket.poll(wait_ms):
         message = receive(socket)
         if isinstance(message, Submit):
             core.add(message)
@@ -176,14 +176,6 @@ def handle_messages(
             raise TypeError(f"unexpected {type(message).__name__} on a running engine")
         wait_ms = 0
     return True
-
-
-def has_message(socket: zmq.Socket[bytes], wait_ms: int) -> bool:
-    """Whether one is there, or comes while we wait. Between two steps the socket is asked itself:
-    a poll takes ten times as long."""
-    if wait_ms == 0:
-        return bool(int(socket.get(zmq.EVENTS)) & zmq.POLLIN)
-    return bool(socket.poll(wait_ms))
 
 
 def receive(socket: zmq.Socket[bytes]) -> ToEngine:
