@@ -4,7 +4,7 @@
  * The PyTorch twin is model/backends/cpu.py. Every (query, head) row goes through the same
  * operations in the same order whatever else is in the batch: keys in tiles of one block from
  * position 0 (or from the block where a sliding window begins, which depends on the position
- * alone), lanes of 16 keys, then of 16 dimensions. Rows are computed four at a time or alone
+ * alone), lanes of 16 keys, then of 16 dimensions. Rows are computed one to four at a time
  * with the same operations, so a query's bits do not depend on its neighbours.
  */
 #include "kernels.h"
@@ -16,20 +16,14 @@
 #define ROWS_MAX SCORE_ROWS
 #define DIM_MAX (MAX_HEAD_DIM / LANES)
 #define BLOCK_MAX (MAX_BLOCK / LANES)
+#define SHARES 8 /* of each thread, at least: who is late has little left to wait for */
+#define MOST_IN_A_ROW 8
 
-/* Where the block lies that is read after this one: the sequence's next, or the first of its
- * next head. */
-INLINE int64_t next_page(const Model *m, int64_t head, const int64_t *table, int64_t tile,
-                         int64_t end) {
-    const int64_t pages = m->head_dim * m->block_size;
-    if ((tile + 1) * m->block_size < end) return (table[tile + 1] * m->num_kv_heads + head) * pages;
-    const int64_t after = head + 1 < m->num_kv_heads ? head + 1 : head;
-    return (table[0] * m->num_kv_heads + after) * pages;
-}
-
-/* Into the second level of cache: fetched into the first, they come at half the rate. */
-INLINE void prefetch(const void *base, int64_t at, int is_bf16) {
-    __builtin_prefetch((const char *)base + at * (is_bf16 ? 2 : 4), 0, 2);
+/* What others will read again goes into the second level of cache; the rest passes it by. */
+INLINE void prefetch(const void *base, int64_t at, int is_bf16, const int once) {
+    const char *line = (const char *)base + at * (is_bf16 ? 2 : 4);
+    if (once) __builtin_prefetch(line, 0, 0);
+    else __builtin_prefetch(line, 0, 2);
 }
 
 /* A row's scores, -infinity where it sees nothing, and what makes weights of them. */
@@ -37,13 +31,16 @@ typedef struct {
     float *scores, highest, share; /* weight: e^(score - highest) * share */
 } Kept;
 
-/* `rows` queries of one KV head (compile-time 1 or 4) against a sequence's keys.
+/* `rows` queries of one KV head (compile-time, 1 to 4) against a sequence's keys.
  * q: (rows, head_dim) float32, already scaled. limit[r]: keys that row r sees, from first[r].
+ * after: where the block lies that this thread is likely to read when it is done here.
+ * once: whether no other queries follow that see the same keys (compile-time).
  * kept: NULL, or what is to be left of each row whose `scores` is not NULL. */
 INLINE void attend_rows(
-    const int rows, const int dim_lanes, const int block_lanes, const int is_bf16,
+    const int rows, const int once, const int dim_lanes, const int block_lanes, const int is_bf16,
     const Model *s, int64_t head, const void *keys, const void *values, const int64_t *table,
-    const float *q, const int64_t *first, const int64_t *limit, Kept *kept, float *out) {
+    const float *q, const int64_t *first, const int64_t *limit, int64_t after, Kept *kept,
+    float *out) {
     const int64_t d = s->head_dim, size = s->block_size;
     const int nd = dim_lanes ? dim_lanes : (int)(d / LANES);
     const int nb = block_lanes ? block_lanes : (int)(size / LANES);
@@ -64,7 +61,8 @@ INLINE void attend_rows(
     for (int64_t tile = begin / size; tile * size < end; tile++) {
         const int64_t page = (table[tile] * s->num_kv_heads + head) * d * size;
         /* Blocks lie anywhere: the processor cannot guess where the next one is. */
-        const int64_t next = next_page(s, head, table, tile, end);
+        const int64_t next =
+            (tile + 1) * size < end ? (table[tile + 1] * s->num_kv_heads + head) * d * size : after;
         /* Even and odd dimensions apart: two chains of additions, each half as long. */
         vec score[ROWS_MAX][BLOCK_MAX], odd[ROWS_MAX][BLOCK_MAX];
         for (int r = 0; r < rows; r++)
@@ -72,8 +70,8 @@ INLINE void attend_rows(
         for (int64_t i = 0; i < d; i += 2)
             for (int b = 0; b < nb; b++) {
                 if (!is_bf16 || b % 2 == 0) { /* a cache line each */
-                    prefetch(keys, next + i * size + b * LANES, is_bf16);
-                    prefetch(keys, next + (i + 1) * size + b * LANES, is_bf16);
+                    prefetch(keys, next + i * size + b * LANES, is_bf16, once);
+                    prefetch(keys, next + (i + 1) * size + b * LANES, is_bf16, once);
                 }
                 vec k = load(keys, page + i * size + b * LANES, is_bf16);
                 for (int r = 0; r < rows; r++) score[r][b] += q[r * d + i] * k;
@@ -119,7 +117,7 @@ INLINE void attend_rows(
         const int64_t to = end < (tile + 1) * size ? end - tile * size : size;
         for (int64_t j = from; j < to; j++)
             for (int n = 0; n < nd; n++) {
-                if (!is_bf16 || n % 2 == 0) prefetch(values, next + j * d + n * LANES, is_bf16);
+                if (!is_bf16 || n % 2 == 0) prefetch(values, next + j * d + n * LANES, is_bf16, once);
                 vec v = load(values, page + j * d + n * LANES, is_bf16);
                 for (int r = 0; r < rows; r++) acc[r][n] += weight[r][j] * v;
             }
@@ -134,29 +132,37 @@ INLINE void attend_rows(
     }
 }
 
-#define BY_DIM(ROWS, BF16)                                                                   \
+#define BY_DIM(ROWS, ONCE, BF16)                                                             \
     switch (s->block_size == 32 ? s->head_dim : 0) {                                         \
-        case 32: CASE(ROWS, 2, 2, BF16); break;                                              \
-        case 48: CASE(ROWS, 3, 2, BF16); break;                                              \
-        case 64: CASE(ROWS, 4, 2, BF16); break;                                              \
-        case 128: CASE(ROWS, 8, 2, BF16); break;                                             \
-        default: CASE(ROWS, 0, 0, BF16);                                                     \
+        case 32: CASE(ROWS, ONCE, 2, 2, BF16); break;                                        \
+        case 48: CASE(ROWS, ONCE, 3, 2, BF16); break;                                        \
+        case 64: CASE(ROWS, ONCE, 4, 2, BF16); break;                                        \
+        case 128: CASE(ROWS, ONCE, 8, 2, BF16); break;                                       \
+        default: CASE(ROWS, ONCE, 0, 0, BF16);                                               \
     }
 
-#define CASE(ROWS, ND, NB, BF16)                                                             \
-    attend_rows(ROWS, ND, NB, BF16, s, head, keys, values, table, q, first, limit, kept, out)
+#define CASE(ROWS, ONCE, ND, NB, BF16)                                                       \
+    attend_rows(ROWS, ONCE, ND, NB, BF16, s, head, keys, values, table, q, first, limit,     \
+                after, kept, out)
 
-static __attribute__((noinline)) void attend_four(
-    const Model *s, int64_t head, const void *keys, const void *values, const int64_t *table,
-    const float *q, const int64_t *first, const int64_t *limit, Kept *kept, float *out) {
-    if (s->is_bf16) BY_DIM(4, 1) else BY_DIM(4, 0)
-}
+typedef void Attend(const Model *s, int64_t head, const void *keys, const void *values,
+                    const int64_t *table, const float *q, const int64_t *first,
+                    const int64_t *limit, int64_t after, Kept *kept, float *out);
 
-static __attribute__((noinline)) void attend_one(
-    const Model *s, int64_t head, const void *keys, const void *values, const int64_t *table,
-    const float *q, const int64_t *first, const int64_t *limit, Kept *kept, float *out) {
-    if (s->is_bf16) BY_DIM(1, 1) else BY_DIM(1, 0)
-}
+#define ATTEND(NAME, ROWS, ONCE)                                                             \
+    static __attribute__((noinline)) void NAME(                                              \
+        const Model *s, int64_t head, const void *keys, const void *values,                  \
+        const int64_t *table, const float *q, const int64_t *first, const int64_t *limit,    \
+        int64_t after, Kept *kept, float *out) {                                             \
+        if (s->is_bf16) BY_DIM(ROWS, ONCE, 1) else BY_DIM(ROWS, ONCE, 0)                     \
+    }
+ATTEND(attend_four, 4, 0)
+ATTEND(attend_last_four, 4, 1)
+ATTEND(attend_last_three, 3, 1)
+ATTEND(attend_last_two, 2, 1)
+ATTEND(attend_last, 1, 1)
+static Attend *const attend_rest[] = {attend_last, attend_last_two, attend_last_three,
+                                      attend_last_four};
 
 /* One head of one token as float32: norm, then rotary position (x cos + rotate_half(x) sin). */
 static void prepare_head(const Model *m, const Step *s, const void *qkv, int64_t at,
@@ -224,9 +230,19 @@ static void add_weights(const Model *m, const Layer *l, const Watch *w, int64_t 
                    (size_t)(end - begin) * sizeof *scores);
 }
 
-/* The queries of a job that use one KV head. */
-static void attend(const Model *m, const Layer *l, const Step *s, const int64_t *job,
-                   int64_t head) {
+/* An item is the queries of a job, item / num_kv_heads, that use one KV head, item % num_kv_heads.
+ * Where the block lies that it reads first: */
+static int64_t first_page(const Model *m, const Layer *l, const Step *s, int64_t item) {
+    const int64_t *job = s->jobs + item / m->num_kv_heads * 3, seq = job[0];
+    const int64_t limit = s->context_lens[seq] - s->query_start[seq + 1] + job[1] + 1;
+    const int64_t first = l->window && limit > l->window ? limit - l->window : 0;
+    const int64_t block = s->tables[seq * s->max_blocks + first / m->block_size];
+    return (block * m->num_kv_heads + item % m->num_kv_heads) * m->head_dim * m->block_size;
+}
+
+/* One of `items`. */
+static void attend(const Model *m, const Layer *l, const Step *s, int64_t item, int64_t items) {
+    const int64_t *job = s->jobs + item / m->num_kv_heads * 3, head = item % m->num_kv_heads;
     const int64_t d = m->head_dim, group = m->num_heads / m->num_kv_heads, seq = job[0];
     const int64_t num_rows = job[2] * group;
     const int64_t *table = s->tables + seq * s->max_blocks;
@@ -235,7 +251,7 @@ static void attend(const Model *m, const Layer *l, const Step *s, const int64_t 
     const Watch *w = s->watch;
     const int64_t watched = w ? w->rows[seq] : -1;
     for (int64_t row = 0; row < num_rows;) {
-        const int count = num_rows - row >= ROWS_MAX ? ROWS_MAX : 1;
+        const int count = (int)(num_rows - row < ROWS_MAX ? num_rows - row : ROWS_MAX);
         float q[ROWS_MAX * MAX_HEAD_DIM], mixed[ROWS_MAX * MAX_HEAD_DIM];
         int64_t first[ROWS_MAX], limit[ROWS_MAX], at[ROWS_MAX];
         Kept kept[ROWS_MAX] = {{NULL, 0, 0}};
@@ -252,10 +268,10 @@ static void attend(const Model *m, const Layer *l, const Step *s, const int64_t 
                 kept[r].scores = w->scores + (omp_get_thread_num() * ROWS_MAX + r) * w->stride;
         }
         Kept *keep = watched >= 0 ? kept : NULL;
-        if (count == ROWS_MAX)
-            attend_four(m, head, l->keys, l->values, table, q, first, limit, keep, mixed);
-        else
-            attend_one(m, head, l->keys, l->values, table, q, first, limit, keep, mixed);
+        const int64_t next = row + count < num_rows || item + 1 == items ? item : item + 1;
+        const int64_t after = first_page(m, l, s, next);
+        Attend *const rows = row + count < num_rows ? attend_four : attend_rest[count - 1];
+        rows(m, head, l->keys, l->values, table, q, first, limit, after, keep, mixed);
         for (int r = 0; r < count; r++)
             for (int64_t i = 0; i < d; i += LANES)
                 store(s->mixed, at[r] + i, load(mixed, r * d + i, 0), (int)m->is_bf16);
@@ -272,7 +288,10 @@ void attention(const Model *m, const Layer *l, const Step *s) {
 #pragma omp for schedule(static)
     for (int64_t item = 0; item < s->num_tokens * m->num_kv_heads; item++)
         write_cache(m, l, s, item / m->num_kv_heads, item % m->num_kv_heads);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t item = 0; item < s->num_jobs * m->num_kv_heads; item++)
-        attend(m, l, s, s->jobs + item / m->num_kv_heads * 3, item % m->num_kv_heads);
+    /* Several in a row for a thread, so that it knows what it will read next. */
+    const int64_t items = s->num_jobs * m->num_kv_heads;
+    int64_t in_a_row = items / (SHARES * omp_get_num_threads());
+    in_a_row = in_a_row < 1 ? 1 : in_a_row > MOST_IN_A_ROW ? MOST_IN_A_ROW : in_a_row;
+#pragma omp for schedule(dynamic, in_a_row)
+    for (int64_t item = 0; item < items; item++) attend(m, l, s, item, items);
 }
