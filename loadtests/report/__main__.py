@@ -178,7 +178,10 @@ def _arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     mode = parser.add_mutually_exclusive_group()
-    for name, words in (("quick", "under five minutes on two cores (default)"), ("full", "hours")):
+    for name, words in (
+        ("quick", "under five minutes on two cores (default)"),
+        ("full", "an hour on two cores"),
+    ):
         mode.add_argument(f"--{name}", dest="mode", action="store_const", const=name, help=words)
     parser.set_defaults(mode="quick")
     parser.add_argument("--out", type=Path, default=Path("runs/report"), help="folder of the page")

@@ -1,4 +1,4 @@
-"""What is measured: quick, in five minutes on two cores; full, in hours."""
+"""What is measured: quick, in five minutes on two cores; full, in an hour."""
 
 from __future__ import annotations
 
