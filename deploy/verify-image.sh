@@ -34,12 +34,14 @@ done
 [[ $(id -u) == 0 ]] || { echo "root is needed: debootstrap and chroot" >&2; exit 2; }
 
 mkdir -p "$work"
+work=$(realpath "$work") # as /proc/mounts names it
 say() { printf '%6ss  %s\n' "$SECONDS" "$*"; }
 storage() { buildah --root "$work/storage" --runroot "$work/run" --storage-driver overlay "$@"; }
 finish() {
     storage umount --all >/dev/null 2>&1 || true
     # A build that failed leaves the layers of its steps mounted.
-    awk -v work="$work/" 'index($2, work) == 1 { print $2 }' /proc/mounts | tac | xargs -r umount --lazy
+    awk -v work="$work/" 'index($2, work) == 1 { print $2 }' /proc/mounts | tac | xargs -r umount --lazy || true
+    ! grep -qF " $work/" /proc/mounts || return 0 # nothing is removed through a mount
     [[ -n $keep ]] || rm -rf "$work"
 }
 trap finish EXIT

@@ -64,7 +64,8 @@ def read_all(
     began = time.perf_counter()
     for connection, request in zip(connections, requests, strict=True):
         connection.sendall(request)
-    answers = [Answer(connection) for connection in connections]
+    offset_s = time.time() - time.perf_counter()
+    answers = [Answer(connection, offset_s) for connection in connections]
     coming = {answer.connection.fileno(): answer for answer in answers}
     look = select.poll()
     for descriptor in coming:
@@ -86,18 +87,20 @@ class Answer:
     measures on the server's own cores computes nothing while it does."""
 
     connection: socket.socket
+    clock_offset_s: float  # the kernel's clock over ours
     pieces: list[bytes] = field(default_factory=list)
     stamps: list[float] = field(default_factory=list)
 
     def read(self) -> bool:
         """What has come; False at the end."""
         piece, notes, _, _ = self.connection.recvmsg(1 << 16, STAMP_BYTES)
-        now = time.perf_counter()
+        came = time.perf_counter()
         for _, kind, data in notes:
             if kind == SO_TIMESTAMPNS:
                 seconds, nanoseconds = TIMESPEC.unpack(data)
-                now -= max(0.0, time.time() - seconds - nanoseconds / 1e9)
-        self.stamps.append(now)
+                came = seconds + nanoseconds / 1e9 - self.clock_offset_s
+        # In order, whatever the two clocks say: a piece without a note is stamped when it is read.
+        self.stamps.append(max(came, self.stamps[-1] if self.stamps else 0.0))
         self.pieces.append(piece)
         return bool(piece)
 

@@ -16,7 +16,9 @@
 #define ROWS_MAX SCORE_ROWS
 #define DIM_MAX (MAX_HEAD_DIM / LANES)
 #define BLOCK_MAX (MAX_BLOCK / LANES)
-#define SHARES 8 /* of each thread, at least: who is late has little left to wait for */
+/* Of decodes, which take about as long as each other: shares that a thread takes, and the most of
+ * them in one. */
+#define SHARES 8
 #define MOST_IN_A_ROW 8
 
 /* What others will read again goes into the second level of cache; the rest passes it by. */
@@ -34,7 +36,7 @@ typedef struct {
 /* `rows` queries of one KV head (compile-time, 1 to 4) against a sequence's keys.
  * q: (rows, head_dim) float32, already scaled. limit[r]: keys that row r sees, from first[r].
  * after: where the block lies that this thread is likely to read when it is done here.
- * once: whether no other queries follow that see the same keys (compile-time).
+ * once: whether no other queries of the job follow, who would see the same keys (compile-time).
  * kept: NULL, or what is to be left of each row whose `scores` is not NULL. */
 INLINE void attend_rows(
     const int rows, const int once, const int dim_lanes, const int block_lanes, const int is_bf16,
@@ -288,9 +290,10 @@ void attention(const Model *m, const Layer *l, const Step *s) {
 #pragma omp for schedule(static)
     for (int64_t item = 0; item < s->num_tokens * m->num_kv_heads; item++)
         write_cache(m, l, s, item / m->num_kv_heads, item % m->num_kv_heads);
-    /* Several in a row for a thread, so that it knows what it will read next. */
+    /* Several in a row for a thread, so that it knows what it will read next; not with prompts,
+     * whose items take so long that the threads would wait for the one with the last share. */
     const int64_t items = s->num_jobs * m->num_kv_heads;
-    int64_t in_a_row = items / (SHARES * omp_get_num_threads());
+    int64_t in_a_row = s->num_jobs == s->num_tokens ? items / (SHARES * omp_get_num_threads()) : 1;
     in_a_row = in_a_row < 1 ? 1 : in_a_row > MOST_IN_A_ROW ? MOST_IN_A_ROW : in_a_row;
 #pragma omp for schedule(dynamic, in_a_row)
     for (int64_t item = 0; item < items; item++) attend(m, l, s, item, items);
