@@ -19,8 +19,8 @@ from asyncio.subprocess import PIPE, Process
 import msgspec
 
 from model.chat_template import ChatTemplate, ChatTemplateError
+from service.frames import LENGTH
 from service.template_worker import (
-    LENGTH,
     MAX_FRAME_BYTES,
     Answer,
     Question,
@@ -30,7 +30,7 @@ from service.template_worker import (
     Start,
     Started,
     answer_decoder,
-    frame,
+    framed,
 )
 
 log = logging.getLogger("vitrine.chat")
@@ -140,7 +140,7 @@ class ChatRenderer:
         is_answered = False
         try:
             async with asyncio.timeout(limit_s):
-                worker.stdin.write(frame(question))
+                worker.stdin.write(framed(question))
                 await worker.stdin.drain()
                 head = await worker.stdout.readexactly(LENGTH.size)
                 (length,) = LENGTH.unpack(head)

@@ -1,4 +1,4 @@
-"""Starting and ending the engine process, and the private socket to it."""
+"""Starting and ending the engine process, and the socket to it that nobody else can open."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import zmq
-import zmq.asyncio
-
 from model.threads import set_wait_policy
 from service.engine import recorder
-from service.engine.messages import MAX_MESSAGE_BYTES
+from service.engine_link import EngineLink, Listener
 
 log = logging.getLogger("vitrine.engine")
 
@@ -30,31 +28,38 @@ KILL_LIMIT_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class EngineProcess:
-    """One life of the engine: its process and the folder that holds its socket."""
+    """One life of the engine: its process, the folder of its flight recorder, and the API's end
+    of the socket between them."""
 
     process: subprocess.Popen[bytes]
-    folder: Path  # mode 0700: nobody else can open the socket in it
+    folder: Path  # mode 0700
+    api_end: socket.socket
 
     @classmethod
     def spawn(cls) -> EngineProcess:
         """Start the process; it loads its libraries and waits for its configuration. Returns
         at once."""
         folder = Path(tempfile.mkdtemp(prefix="vitrine-"))
-        if len(str(folder / "engine")) >= zmq.IPC_PATH_MAX_LEN:
-            # A long TMPDIR: the system bounds the length of a socket's path.
-            folder.rmdir()
-            folder = Path(tempfile.mkdtemp(prefix="vitrine-", dir="/tmp"))
         recorder.create(folder)
         environment = dict(os.environ)
         environment.pop("VITRINE_API_KEYS", None)  # no business of the engine's
         set_wait_policy(environment)
-        process = subprocess.Popen(  # noqa: S603 - our own module, no shell
-            [sys.executable, "-m", ENGINE_MODULE, _endpoint(folder)],
-            stdin=subprocess.PIPE,  # never written to; its closing tells the engine we are gone
-            env=environment,
-            start_new_session=True,  # Ctrl-C is for the API, which ends the engine in order
-        )
-        return cls(process, folder)
+        ours, its = socket.socketpair()
+        try:
+            process = subprocess.Popen(  # noqa: S603 - our own module, no shell
+                [sys.executable, "-m", ENGINE_MODULE, str(its.fileno()), str(folder)],
+                pass_fds=[its.fileno()],
+                stdin=subprocess.PIPE,  # never written to; its closing tells the engine we are gone
+                env=environment,
+                start_new_session=True,  # Ctrl-C is for the API, which ends the engine in order
+            )
+        except OSError:
+            ours.close()
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            its.close()
+        return cls(process, folder, ours)
 
     @property
     def is_alive(self) -> bool:
@@ -83,15 +88,15 @@ class EngineProcess:
         """The sequences that it was computing when it ended; empty when it was not."""
         return recorder.read(self.folder)
 
-    def bind(self) -> zmq.asyncio.Socket:
-        """The API's end of the socket."""
-        socket = zmq.asyncio.Context.instance().socket(zmq.PAIR)
-        socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.SNDHWM, 0)
-        socket.setsockopt(zmq.RCVHWM, 0)
-        socket.bind(_endpoint(self.folder))
-        return socket
+    async def link(self, listener: Listener) -> EngineLink:
+        """Begin to read what it says."""
+        # A copy, that the transport closes; `end` closes this one.
+        return await EngineLink.open(self.api_end.dup(), listener)
+
+    def wait(self, limit_s: float) -> None:
+        """Until it has ended, or so long. Blocks: call it off the event loop."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(limit_s)
 
     def end(self, grace_s: float) -> None:
         """Wait `grace_s` for the process to end by itself, then kill it. Blocks: call it off
@@ -107,8 +112,5 @@ class EngineProcess:
         if self.process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 self.process.stdin.close()
+        self.api_end.close()
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _endpoint(folder: Path) -> str:
-    return f"ipc://{folder / 'engine'}"

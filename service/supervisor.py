@@ -24,8 +24,6 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import msgspec
-import zmq
-import zmq.asyncio
 
 from service.engine.explain_messages import Explained, ExplainPart
 from service.engine.messages import (
@@ -41,6 +39,7 @@ from service.engine.messages import (
     encode,
     from_engine_decoder,
 )
+from service.engine_link import EngineLink
 from service.engine_process import EngineProcess
 from service.health import Cause
 from service.in_flight import Loss
@@ -49,8 +48,11 @@ log = logging.getLogger("vitrine.engine")
 
 Phase = Literal["starting", "ready", "restarting", "crash-loop", "stopped", "failed"]
 
-POLL_MS = 50  # how late a death is noticed, at most
-LAST_WORDS_MS = 20  # for what a dead engine's socket still holds
+# How late a stall is noticed, at most; and a death, where the engine left somebody behind who holds
+# its end of the socket. Any other death closes it and is noticed at once.
+LOOK_S = 0.05
+LAST_WORDS_S = 0.02  # for what a dead engine's socket still holds
+EXIT_S = 1.0  # for an engine that closed its socket to be gone
 # Loading has long parts that cannot beat: a library on a cold disk, the memory of the cache.
 START_SILENCE = 10  # times stall_s
 # A life shorter than this in which nothing was computed was fruitless.
@@ -105,7 +107,7 @@ class Supervisor:
         self._wants_standby = standby
         self._engine: EngineProcess | None = None
         self._standby: EngineProcess | None = None
-        self._socket: zmq.asyncio.Socket | None = None
+        self._link: EngineLink | None = None
         self._task: asyncio.Task[None] | None = None
         self._heard_at = time.monotonic()
         self._began_at = time.monotonic()  # this life; in the future while it is put off
@@ -116,6 +118,7 @@ class Supervisor:
         self._ready_at: float | None = None
         self._computed = False
         self._last_words: Fatal | None = None
+        self._verdict: asyncio.Future[Death | None] | None = None  # None: it hung up
 
     @property
     def heartbeat_age_s(self) -> float:
@@ -158,8 +161,8 @@ class Supervisor:
 
     def send(self, message: ToEngine) -> None:
         """Queue a message to the engine that runs. Raises `MessageTooLargeError`."""
-        if self._socket is not None:
-            self._socket.send(encode(message))
+        if self._link is not None:
+            self._link.send(encode(message))
 
     def fail(self, reason: str) -> None:
         """There will be no engine; `reason` is for the operator."""
@@ -223,30 +226,48 @@ class Supervisor:
         await asyncio.sleep(backoff_s)
 
     async def _live(self, config: EngineConfig) -> Death:
-        """Configure an engine and read it until it dies or stalls; says which."""
+        """Configure an engine and hear it until it dies or stalls; says which."""
         self._ready_at, self._computed, self._last_words = None, False, None
+        verdict: asyncio.Future[Death | None] = asyncio.get_running_loop().create_future()
+        self._verdict = verdict
         try:
             engine = self._engine = await self._next_engine()
-            # A standby's folder may have been swept away with other old files.
-            socket = self._socket = engine.bind()
-        except (OSError, zmq.ZMQError) as error:
+            link = self._link = await engine.link(self)
+        except OSError as error:
             return Death("start", "could not be started", str(error))
         self._heard_at = time.monotonic()
-        socket.send(encode(config))
-        while True:
-            is_alive = engine.is_alive  # asked before the socket: what a dead one said counts
-            while await socket.poll(POLL_MS if is_alive else LAST_WORDS_MS):
-                try:
-                    death = self._handle(await socket.recv())
-                except msgspec.MsgspecError as error:
-                    return Death("protocol", "sent a message that breaks the schema", str(error))
-                if death is not None:
-                    return death
-            if not is_alive:
-                return self._exit_of(engine)
-            limit_s = self.stall_s * (START_SILENCE if self._ready_at is None else 1)
-            if self.heartbeat_age_s > limit_s:
-                return Death("stall", f"was not heard for {self.heartbeat_age_s:.1f} s")
+        link.send(encode(config))
+        try:
+            while True:
+                is_alive = engine.is_alive  # asked before: what a dead one said counts
+                await asyncio.wait([verdict], timeout=LOOK_S if is_alive else LAST_WORDS_S)
+                if verdict.done() or not is_alive:
+                    death = verdict.result() if verdict.done() else None
+                    return death or await self._exit_of(engine)
+                limit_s = self.stall_s * (START_SILENCE if self._ready_at is None else 1)
+                if self.heartbeat_age_s > limit_s:
+                    return Death("stall", f"was not heard for {self.heartbeat_age_s:.1f} s")
+        finally:
+            verdict.cancel()  # what it still says is not heard; a verdict that was given stays
+
+    def heard(self, message: bytes) -> None:
+        """Of the link alone, like `hung_up`."""
+        if self._verdict is None or self._verdict.done():
+            return
+        try:
+            death = self._handle(message)
+        except msgspec.MsgspecError as error:
+            death = Death("protocol", "sent a message that breaks the schema", str(error))
+        except Exception as error:  # noqa: BLE001 - it is the supervision that breaks off, loudly
+            self._verdict.set_exception(error)
+            return
+        if death is not None:
+            self._verdict.set_result(death)
+
+    def hung_up(self, error: str) -> None:
+        if self._verdict is not None and not self._verdict.done():
+            broke = Death("protocol", "sent a message that breaks the schema", error)
+            self._verdict.set_result(broke if error else None)
 
     async def _next_engine(self) -> EngineProcess:
         """The one spawned ahead, the standby, or a new one; never a dead one."""
@@ -292,7 +313,8 @@ class Supervisor:
             except OSError as error:
                 log.warning("no standby: %s", error)
 
-    def _exit_of(self, engine: EngineProcess) -> Death:
+    async def _exit_of(self, engine: EngineProcess) -> Death:
+        await asyncio.to_thread(engine.wait, EXIT_S)  # its socket closes a moment before
         if self._last_words is None:
             return Death("exit", engine.ending, is_from_outside=engine.is_killed_from_outside)
         words = f"ended with {self._last_words.kind}"
@@ -302,6 +324,6 @@ class Supervisor:
         if self._engine is not None:
             await asyncio.to_thread(self._engine.end, grace_s)
             self._engine = None
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        if self._link is not None:
+            self._link.close()
+            self._link = None

@@ -4,26 +4,25 @@ A template is a program by whoever made the checkpoint, and a Python thread cann
 A process can: the kernel ends this one when a rendering takes too long (an alarm without a
 handler, which holds even if the API process is gone) and refuses it memory beyond a bound.
 
-Frames of JSON go over standard input and output, each after its length in four bytes. The
-first is `Start`, answered by `Started` or `Refused`; then `Render` by `Rendered` or `Refused`.
+Frames of JSON (service/frames.py) go over standard input and output. The first is `Start`,
+answered by `Started` or `Refused`; then `Render` by `Rendered` or `Refused`.
 It ends when its input does.
 """
 
 from __future__ import annotations
 
 import signal
-import struct
 import sys
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import msgspec
 
 from model.chat_template import ChatTemplateError
+from service.frames import frame, read_frame
 
 if TYPE_CHECKING:
     import jinja2
 
-LENGTH = struct.Struct(">I")
 # Messages are at most a request's body, and an answer is at most MAX_RENDERED_CHARS.
 MAX_RENDERED_CHARS = 8 * 2**20
 MAX_FRAME_BYTES = 64 * 2**20
@@ -70,11 +69,10 @@ question_decoder = msgspec.json.Decoder(Question)
 answer_decoder = msgspec.json.Decoder(Answer)
 
 
-def frame(message: Question | Answer) -> bytes:
-    """A message with its length before it. Raises `ValueError` (of which `UnicodeEncodeError` is
-    one) when it has text that is no Unicode."""
-    data = encode(message)
-    return LENGTH.pack(len(data)) + data
+def framed(message: Question | Answer) -> bytes:
+    """A message as a frame. Raises `ValueError` (of which `UnicodeEncodeError` is one) when it
+    has text that is no Unicode."""
+    return frame(encode(message))
 
 
 def main() -> int:
@@ -113,11 +111,11 @@ def _answer(template: jinja2.Template, question: Render, special_tokens: dict[st
     messages: list[dict[str, Any]] = list(question.messages)
     try:
         text = render(template, messages, special_tokens, max_chars=MAX_RENDERED_CHARS)
-        return frame(Rendered(text))
+        return framed(Rendered(text))
     except ChatTemplateError as error:
-        return frame(Refused(str(error).encode("utf-8", "replace").decode()))
+        return framed(Refused(str(error).encode("utf-8", "replace").decode()))
     except UnicodeEncodeError:
-        return frame(Refused("it writes text that is no valid Unicode"))
+        return framed(Refused("it writes text that is no valid Unicode"))
 
 
 def _limit_memory() -> bool:
@@ -133,16 +131,12 @@ def _limit_memory() -> bool:
 
 def _receive(stream: BinaryIO) -> Question | None:
     """The next question; None at the end of the input."""
-    head = stream.read(LENGTH.size)
-    if len(head) < LENGTH.size:
-        return None
-    (length,) = LENGTH.unpack(head)
-    data = stream.read(length)
-    return question_decoder.decode(data) if len(data) == length else None
+    data = read_frame(stream)
+    return None if data is None else question_decoder.decode(data)
 
 
 def _send(stream: BinaryIO, message: Answer) -> None:
-    stream.write(frame(message))
+    stream.write(framed(message))
     stream.flush()
 
 

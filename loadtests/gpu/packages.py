@@ -24,7 +24,7 @@ TRANSFORMERS = (*ENGINE, "transformers")
 SERVER = (
     *ENGINE,
     *("huggingface_hub", "jinja2", "fastapi", "uvicorn", "uvloop", "httptools"),
-    *("pydantic", "pydantic_settings", "prometheus_client", "zmq", "structlog"),
+    *("pydantic", "pydantic_settings", "prometheus_client", "structlog"),
     *("httpx2", "psutil"),  # the client's
 )
 TESTS = (
@@ -34,7 +34,7 @@ TESTS = (
 # As they are called where they come from.
 DISTRIBUTIONS = (
     "jaxtyping", "msgspec", "rich", "safetensors", "tokenizers", "jinja2", "fastapi", "uvicorn",
-    "uvloop", "httptools", "pydantic", "pydantic-settings", "prometheus-client", "pyzmq",
+    "uvloop", "httptools", "pydantic", "pydantic-settings", "prometheus-client",
     "structlog", "httpx2", "psutil", "pytest", "pytest-asyncio", "pytest-timeout", "pytest-xdist",
     "hypothesis",
 )  # fmt: skip

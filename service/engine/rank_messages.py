@@ -1,21 +1,19 @@
 """What the engine process tells the processes that have the other parts of its model.
 
-One pipe to each, its standard input: its end is the end of the process. A message is its length in
-four bytes, native, and a msgspec struct as MessagePack; a step's numbers go as they lie in memory.
+One pipe to each, its standard input: its end is the end of the process. A message is a frame
+(service/frames.py) with a msgspec struct as MessagePack; a step's numbers go as they lie in memory.
 Upward goes a line of JSON for the part and for each step: that it is there, or why not.
 """
 
 from __future__ import annotations
 
-import struct
 from typing import IO
 
 import msgspec
 
 from model.config import ModelConfig
 from service.engine.messages import EngineConfig
-
-_LENGTH = struct.Struct("=I")
+from service.frames import frame, read_frame
 
 
 class RandomWeights(msgspec.Struct, frozen=True):
@@ -69,19 +67,14 @@ _decoder = msgspec.msgpack.Decoder(ToRank)
 
 def write(pipe: IO[bytes], message: ToRank) -> None:
     """Put a message into a pipe. Raises `BrokenPipeError` when nobody reads it any more."""
-    data = _encoder.encode(message)
-    pipe.write(_LENGTH.pack(len(data)) + data)
+    pipe.write(frame(_encoder.encode(message)))
     pipe.flush()
 
 
 def read(pipe: IO[bytes]) -> ToRank | None:
     """The next message; None at the pipe's end."""
-    head = pipe.read(_LENGTH.size)
-    if len(head) < _LENGTH.size:
-        return None
-    (length,) = _LENGTH.unpack(head)
-    data = pipe.read(length)
-    if len(data) < length:
+    data = read_frame(pipe)
+    if data is None:
         return None
     message: ToRank = _decoder.decode(data)
     return message

@@ -17,7 +17,7 @@ import pytest
 
 from model.chat_template import ChatTemplate, ChatTemplateError
 from service.chat_renderer import ChatBusyError, ChatRenderer
-from service.template_worker import Render, Start, frame
+from service.template_worker import Render, Start, framed
 
 TALK = [{"role": "user", "content": "Hi"}]
 PLAIN = "{{ bos_token }}{% for message in messages %}{{ message.content }}{% endfor %}"
@@ -139,7 +139,7 @@ def test_the_worker_ends_by_itself_when_nobody_is_there_to_kill_it() -> None:
     command = [sys.executable, "-m", "service.template_worker"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as worker:
         assert worker.stdin is not None
-        worker.stdin.write(frame(Start(TOUCHY, {}, time_limit_s=0.3)) + frame(Render(LOOP)))
+        worker.stdin.write(framed(Start(TOUCHY, {}, time_limit_s=0.3)) + framed(Render(LOOP)))
         worker.stdin.close()
         assert worker.wait(20) == -signal.SIGALRM
 

@@ -194,12 +194,17 @@ def test_certificates_that_are_none_are_one_line(tmp_path: Path) -> None:
     assert "vitrine serve: --tls-cert" in done.stderr.splitlines()[-1]
 
 
-def test_the_socket_between_the_processes_is_this_user_s_alone(tmp_path: Path) -> None:
+def test_nobody_else_can_open_the_socket_between_the_processes(tmp_path: Path) -> None:
+    """It has no name: it is one of a pair that the engine inherited."""
     with running_server(tmp_path, "--threads", "1") as server:
-        endpoint = next(part for part in server.engine.cmdline() if part.startswith("ipc://"))
-        folder = Path(endpoint.removeprefix("ipc://")).parent
+        command = server.engine.cmdline()
+        folder = Path(command[-1])
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-        assert {one.name for one in folder.iterdir()} == {"engine", "step"}
+        assert {one.name for one in folder.iterdir()} == {"step"}
+        for process in (server.engine, psutil.Process(server.process.pid)):
+            unix = process.net_connections(kind="unix")
+            assert unix, "no socket between them"
+            assert {one.laddr for one in unix} == {""}
         assert server.stop() == 0
         assert not folder.exists()
 

@@ -31,6 +31,7 @@ from service.engine.messages import (
     to_engine_decoder,
 )
 from service.engine.recorder import Recorder
+from service.engine_link import Listener
 from service.in_flight import Loss
 from service.supervisor import Supervisor
 from tests.service.test_client import INFO
@@ -56,7 +57,9 @@ class PlayedProcess:
     def is_alive(self) -> bool:
         return self.stays or bool(self.said)
 
-    def bind(self) -> PlayedProcess:
+    async def link(self, listener: Listener) -> PlayedProcess:
+        self.listener = listener
+        self.saying = asyncio.create_task(self.say())
         return self
 
     def send(self, data: bytes) -> None:
@@ -64,14 +67,20 @@ class PlayedProcess:
         if isinstance(message, EngineConfig):
             self.configs.append(message)
 
-    async def poll(self, timeout_ms: int) -> bool:
-        await asyncio.sleep(0 if self.said else 0.001)
-        return bool(self.said)
+    async def say(self) -> None:
+        while self.said:
+            await self.pause()
+            self.listener.heard(self.said.pop(0))
+        if not self.stays:
+            self.listener.hung_up("")
 
-    async def recv(self) -> bytes:
-        return self.said.pop(0)
+    async def pause(self) -> None:
+        await asyncio.sleep(0)
 
     def close(self) -> None:
+        self.saying.cancel()
+
+    def wait(self, limit_s: float) -> None:
         pass
 
     def end(self, grace_s: float) -> None:
@@ -213,7 +222,7 @@ async def test_fruitless_lives_wait_longer_each_time_and_fruit_ends_that(
         await sleep(0)
 
     monkeypatch.setattr(module.asyncio, "sleep", note)
-    monkeypatch.setattr(PlayedProcess, "poll", _poll_with(sleep))
+    monkeypatch.setattr(PlayedProcess, "pause", lambda _: sleep(0))
     monkeypatch.setattr(module, "MAX_BACKOFF_S", 0.1)
     fruitless = [PlayedProcess(READY, IDLE) for _ in range(6)]
     fruitful = [PlayedProcess(READY, OUTPUT), PlayedProcess(READY, OUTPUT)]
@@ -224,19 +233,10 @@ async def test_fruitless_lives_wait_longer_each_time_and_fruit_ends_that(
     assert waits == [0.0, 0.02, 0.04, 0.08, 0.1, 0.1, 0.0, 0.0]
 
 
-def _poll_with(sleep: object) -> object:
-    async def poll(self: PlayedProcess, timeout_ms: int) -> bool:
-        await sleep(0.001)  # type: ignore[operator]
-        return bool(self.said)
-
-    return poll
-
-
 async def test_silence_is_a_stall_and_progress_is_none(play: type[Played]) -> None:
     class Slow(PlayedProcess):
-        async def recv(self) -> bytes:
+        async def pause(self) -> None:
             await asyncio.sleep(0.03)
-            return await super().recv()
 
     slow = Slow(READY, *[Progress(1024, 1.0)] * 10, stays=True)
     played = play([slow, PlayedProcess(READY, stays=True)], stall_s=0.2)

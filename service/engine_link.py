@@ -1,0 +1,72 @@
+"""The API's end of the socket to one engine, on the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import Protocol
+
+from service.engine.messages import MAX_MESSAGE_BYTES
+from service.frames import FrameReader, FrameTooLongError, frame
+
+
+class Listener(Protocol):
+    """Who hears the engine."""
+
+    def heard(self, message: bytes) -> None: ...
+
+    def hung_up(self, error: str) -> None:
+        """Nothing more will come; `error` says why if the engine broke the protocol. Called
+        once, unless the link was closed from here."""
+        ...
+
+
+class EngineLink(asyncio.Protocol):
+    """Messages to and from an engine process, as bytes."""
+
+    _transport: asyncio.Transport
+
+    def __init__(self, listener: Listener) -> None:
+        """Of `open` alone."""
+        self._listener = listener
+        self._reader = FrameReader(MAX_MESSAGE_BYTES)
+        self._is_open = True
+
+    @classmethod
+    async def open(cls, connected: socket.socket, listener: Listener) -> EngineLink:
+        """A link over a connected stream socket, which it closes."""
+        loop = asyncio.get_running_loop()
+        _, link = await loop.create_unix_connection(lambda: cls(listener), sock=connected)
+        return link
+
+    def send(self, message: bytes) -> None:
+        """Send, or keep until the engine reads; never waits."""
+        if self._is_open:
+            self._transport.write(frame(message))
+
+    def close(self) -> None:
+        """Hear nothing more. What was not sent yet is dropped."""
+        self._is_open = False
+        self._transport.abort()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Of the event loop, like those below."""
+        self._transport = transport  # type: ignore[assignment]
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            messages = self._reader.feed(data)
+        except FrameTooLongError as error:
+            self._end(str(error))
+            return
+        for message in messages:
+            if self._is_open:
+                self._listener.heard(message)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._is_open:
+            self._end("")
+
+    def _end(self, error: str) -> None:
+        self.close()
+        self._listener.hung_up(error)
