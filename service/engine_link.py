@@ -9,6 +9,8 @@ from typing import Protocol
 from service.engine.messages import MAX_MESSAGE_BYTES
 from service.frames import FrameReader, FrameTooLongError, frame
 
+BUFFER_BYTES = 64 * 1024
+
 
 class Listener(Protocol):
     """Who hears the engine."""
@@ -21,7 +23,7 @@ class Listener(Protocol):
         ...
 
 
-class EngineLink(asyncio.Protocol):
+class EngineLink(asyncio.BufferedProtocol):
     """Messages to and from an engine process, as bytes."""
 
     _transport: asyncio.Transport
@@ -31,6 +33,8 @@ class EngineLink(asyncio.Protocol):
         self._listener = listener
         self._reader = FrameReader(MAX_MESSAGE_BYTES)
         self._is_open = True
+        # Read into by asyncio, which without it makes 256 KiB of memory for every message.
+        self._buffer = memoryview(bytearray(BUFFER_BYTES))
 
     @classmethod
     async def open(cls, connected: socket.socket, listener: Listener) -> EngineLink:
@@ -53,9 +57,12 @@ class EngineLink(asyncio.Protocol):
         """Of the event loop, like those below."""
         self._transport = transport  # type: ignore[assignment]
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
         try:
-            messages = self._reader.feed(data)
+            messages = self._reader.feed(bytes(self._buffer[:nbytes]))
         except FrameTooLongError as error:
             self._end(str(error))
             return

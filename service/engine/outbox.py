@@ -1,27 +1,25 @@
 """When the engine tells the API what came out.
 
-On a CPU each message takes a core from the engine, whose other threads then wait for that one:
-the API wakes up, and writes to as many clients as there are tokens in it. With many sequences
-running, the tokens of a few steps share a message, and so an event. What somebody waits for
-does not wait, nor does it take the others along: a first token, an end.
+On a CPU each event takes a core from the engine, whose other threads then wait for that one. With
+many sequences running, the tokens of a few steps share an event. What somebody waits for does not
+wait, nor does it take the others along: a first token, an end.
+
+The events of a pause are not told at once but in turn, a few after each step. Between two forwards
+the engine computes on one core only, and what the API does with a few events fits into that.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
-from service.engine.explain_messages import Sight
-from service.engine.messages import (
-    EngineStats,
-    SequenceOutput,
-    StepOutput,
-    StepRecord,
-    TokenLogprob,
-)
+from service.engine.messages import EngineStats, SequenceOutput, StepOutput, StepRecord
 
 _SHORTEST_PAUSE_S = 0.004  # a shorter one costs more than it saves
 _LONGEST_PAUSE_S = 0.05  # more than that a reader would see
+
+Part = TypeVar("Part")
 
 
 class Outbox:
@@ -31,23 +29,27 @@ class Outbox:
         """`max_events_s`: events a second of all sequences together, from which on they wait."""
         self._max_events_s = max_events_s
         self._clock = clock
-        self._waiting: dict[int, list[SequenceOutput]] = {}
+        self._waiting: dict[int, SequenceOutput] = {}  # the oldest first
         self._known: set[int] = set()  # sequences whose first output was sent
-        self._sent_at = clock()
+        self._looked_at = clock()
+        self._allowed = 0.0  # events that may be told, and were not
         self._urgent: set[int] = set()
         self._records: list[StepRecord] = []
 
     def add(self, outputs: list[SequenceOutput], record: StepRecord | None = None) -> None:
-        """What a step gave, and what it was."""
+        """What a step gave, and what it was. The outputs are the outbox's from now on."""
         if record is not None:
             self._records.append(record)
         waiting, known = self._waiting, self._known
         for output in outputs:
             sequence_id = output.id
-            if sequence_id in waiting:
-                waiting[sequence_id].append(output)
+            before = waiting.get(sequence_id)
+            if before is None:
+                waiting[sequence_id] = output
+            elif is_plain(output):  # nearly all are: this stands between two steps
+                before.token_ids.extend(output.token_ids)
             else:
-                waiting[sequence_id] = [output]
+                waiting[sequence_id] = merged(before, output)
             if output.finish_reason is not None or sequence_id not in known:
                 self._urgent.add(sequence_id)
 
@@ -58,17 +60,27 @@ class Outbox:
         self._urgent.discard(sequence_id)
 
     def due(self, num_running: int) -> list[int]:
-        """The sequences to tell of now, while `num_running` run: all of them in one message at
-        the end of a pause, before it those for whose output somebody waits."""
+        """The sequences to tell of now, while `num_running` run: those for whose output somebody
+        waits, and of the others those that have waited longest, so many that each has its turn
+        once in a pause."""
+        now_s = self._clock()
+        since_s, self._looked_at = now_s - self._looked_at, now_s
         pause_s = min(num_running / self._max_events_s, _LONGEST_PAUSE_S)
-        if pause_s > _SHORTEST_PAUSE_S and self._clock() - self._sent_at < pause_s:
-            return list(self._urgent)
-        self._sent_at = self._clock()
-        return list(self._waiting)
+        if pause_s <= _SHORTEST_PAUSE_S:
+            return list(self._waiting)
+        self._allowed = min(self._allowed + num_running * since_s / pause_s, num_running)
+        due = list(self._urgent)
+        for sequence_id in self._waiting:
+            if self._allowed < 1:
+                break
+            if sequence_id not in self._urgent:
+                due.append(sequence_id)
+                self._allowed -= 1
+        return due
 
     def take(self, sequence_ids: list[int], stats: EngineStats) -> StepOutput:
         """What there is of these, to be sent now, and every step's record."""
-        outputs = [merged(self._waiting.pop(sequence_id)) for sequence_id in sequence_ids]
+        outputs = [self._waiting.pop(sequence_id) for sequence_id in sequence_ids]
         self._urgent.difference_update(sequence_ids)
         for output in outputs:
             if output.finish_reason is None:
@@ -79,33 +91,27 @@ class Outbox:
         return StepOutput(outputs, stats, records)
 
 
-def merged(parts: list[SequenceOutput]) -> SequenceOutput:
-    """Outputs of one sequence, in this order, as one."""
-    first, last = parts[0], parts[-1]
-    if len(parts) == 1:
-        return first
-    token_ids: list[int] = []
-    num_cached = 0
-    logprobs: list[TokenLogprob] | None = None
-    explained: list[Sight] | None = None
-    for part in parts:  # one loop, as it stands between two steps
-        token_ids += part.token_ids
-        if part.cached_prompt_tokens > num_cached:
-            num_cached = part.cached_prompt_tokens
-        if part.logprobs is not None:
-            logprobs = [*(logprobs or ()), *part.logprobs]
-        if part.explained is not None:
-            explained = [*(explained or ()), *part.explained]
+def is_plain(output: SequenceOutput) -> bool:
+    """Whether it says nothing but token ids, and perhaps what the sequence's first output said."""
+    return output.finish_reason is None and output.logprobs is None and output.explained is None
+
+
+def merged(first: SequenceOutput, then: SequenceOutput) -> SequenceOutput:
+    """Two outputs of one sequence, the second after the first, as one."""
     return SequenceOutput(
-        id=last.id,
-        token_ids=token_ids,
-        logprobs=logprobs,
-        finish_reason=last.finish_reason,
-        stop_token_id=last.stop_token_id,
-        error=last.error,
-        is_grammar_error=last.is_grammar_error,
-        cached_prompt_tokens=num_cached,
+        id=then.id,
+        token_ids=first.token_ids + then.token_ids,
+        logprobs=_joined(first.logprobs, then.logprobs),
+        finish_reason=then.finish_reason,
+        stop_token_id=then.stop_token_id,
+        error=then.error,
+        is_grammar_error=then.is_grammar_error,
+        cached_prompt_tokens=max(first.cached_prompt_tokens, then.cached_prompt_tokens),
         queue_s=first.queue_s,
         prefill_s=first.prefill_s,
-        explained=explained,
+        explained=_joined(first.explained, then.explained),
     )
+
+
+def _joined(first: list[Part] | None, then: list[Part] | None) -> list[Part] | None:
+    return then if first is None else first + (then or [])

@@ -42,6 +42,7 @@ class Recorder:
         with (folder / FILE_NAME).open("r+b") as file:
             self._map = mmap.mmap(file.fileno(), 0)
         self._ids: Sequence[int] = ()  # of steps
+        self._written: list[int] = []  # what lies behind the number, which may be less by now
 
     def begin(self, ids: Sequence[int]) -> None:
         """These sequences are computed from now on; none when there are no ids."""
@@ -57,7 +58,10 @@ class Recorder:
         self._write(self._ids)
 
     def _write(self, ids: Sequence[int]) -> None:
-        # A kill between the writes finds no step rather than a wrong one.
-        _NUMBER.pack_into(self._map, 0, 0)
-        struct.pack_into(f"={len(ids)}q", self._map, _NUMBER.size, *ids)
-        _NUMBER.pack_into(self._map, 0, len(ids))
+        count = len(ids)
+        if self._written[:count] != ids:  # steps one after another are mostly of the same
+            # A kill between the writes finds no step rather than a wrong one.
+            _NUMBER.pack_into(self._map, 0, 0)
+            struct.pack_into(f"={count}q", self._map, _NUMBER.size, *ids)
+            self._written[:count] = ids
+        _NUMBER.pack_into(self._map, 0, count)

@@ -32,19 +32,29 @@ def outbox(clock: Clock, max_events_s: float = 640.0) -> Outbox:
     return box
 
 
-def test_with_many_sequences_tokens_share_a_message() -> None:
+def test_with_many_sequences_tokens_share_an_event_and_sequences_take_turns() -> None:
     clock = Clock()
     box = outbox(clock)
-    for step in range(1, 5):
+    given_at: dict[int, float] = {}
+    told: dict[int, list[int]] = {}
+    records = 0
+    for step in range(1, 101):
+        clock.now_s += 0.006
+        given_at[step] = clock.now_s
         record = StepRecord(num_sequences=32, num_decodes=32, num_tokens=32, step_s=0.006)
         box.add([token(id_, step) for id_ in range(32)], record)
-        clock.now_s += 0.006
-        assert not box.due(32)
-    clock.now_s += 0.03
-    told = box.take(box.due(32), EngineStats(steps=5))
-    assert [one.token_ids for one in told.outputs] == [[1, 2, 3, 4]] * 32
-    assert [record.num_tokens for record in told.steps] == [32] * 4
-    assert told.stats.steps == 5
+        due = box.due(32)
+        assert 3 <= len(due) <= 4, "640 events a second in steps of 6 ms"
+        message = box.take(due, EngineStats(steps=step))
+        records += len(message.steps)
+        assert message.stats.steps == step
+        for one in message.outputs:
+            assert clock.now_s - given_at[one.token_ids[0]] < 0.051
+            assert 8 <= len(one.token_ids) <= 9 or one.id not in told
+            told.setdefault(one.id, []).extend(one.token_ids)
+    assert records == 100
+    assert len(told) == 32, "somebody never had a turn"
+    assert all(tokens == list(range(1, len(tokens) + 1)) for tokens in told.values())
     assert box.take([], EngineStats()) == StepOutput([], EngineStats())
 
 
@@ -86,11 +96,11 @@ def test_the_parts_of_an_output_are_kept() -> None:
     last = SequenceOutput(
         1, [6], logprobs[1:], "stop", 6, cached_prompt_tokens=32, explained=seen[1:]
     )
-    assert merged([first, last]) == SequenceOutput(
+    assert merged(first, last) == SequenceOutput(
         1, [5, 6], logprobs, "stop", 6, cached_prompt_tokens=32, explained=seen, **times
     )
     failed = SequenceOutput(1, [], None, "error", None, "why", is_grammar_error=True)
-    both = merged([first, failed])
+    both = merged(first, failed)
     assert (both.token_ids, both.logprobs) == ([5], logprobs[:1])
     assert (both.finish_reason, both.error, both.is_grammar_error) == ("error", "why", True)
 

@@ -49,7 +49,7 @@ def test_blocking_reads_end_with_the_stream(messages: list[bytes], num_missing: 
 def test_what_is_too_long_is_refused_before_it_is_there() -> None:
     reader = FrameReader(LIMIT)
     assert reader.feed(frame(b"x" * LIMIT)) == [b"x" * LIMIT]
-    with pytest.raises(FrameTooLongError, match="101 bytes .* the limit is 100"):
+    with pytest.raises(FrameTooLongError, match=r"101 bytes .* the limit is 100"):
         reader.feed(LENGTH.pack(LIMIT + 1))
 
 
