@@ -14,8 +14,7 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Callable
 
 import uvicorn
 
@@ -159,30 +158,19 @@ def read(port: int, num_streams: int) -> dict[str, float]:
     return {"events": events}
 
 
-def run(work: Callable[[], Coroutine[Any, Any, dict[str, float]]], loop: str) -> dict[str, float]:
-    factory = None
-    if loop == "uvloop":
-        import uvloop
-
-        factory = uvloop.new_event_loop
-    with asyncio.Runner(loop_factory=factory) as runner:
-        return runner.run(work())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m loadtests.sse_cost", description=__doc__)
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=300, help="per stream")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-events-s", type=float, default=EngineConfig("").max_events_s)
-    parser.add_argument("--loop", choices=["asyncio", "uvloop"], default="uvloop")
     parser.add_argument("--read", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.read:
         print(json.dumps(read(given.read, given.streams)))
         return
     for _ in range(given.rounds):
-        found = run(lambda: measure(given.streams, given.tokens, given.max_events_s), given.loop)
+        found = asyncio.run(measure(given.streams, given.tokens, given.max_events_s))
         print("  ".join(f"{name} {value:.4g}" for name, value in found.items()), flush=True)
 
 

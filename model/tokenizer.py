@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,8 @@ class Tokenizer:
         except (DecoderUnsupportedError, KeyError) as error:
             raise TokenizerError(f"tokenizer.json: {error}") from error
         self._longest_token_chars = _longest_token_chars(backend, self.rules)
-        self._bytes: dict[int, bytes] = {}
+        self._shown = _MiddleBytes(self, hidden=frozenset())
+        self._shown_plain = _MiddleBytes(self, hidden=self.special_ids)
         self._texts: dict[int, str] = {}
         self.bos_id = self._special_id(config, "bos_token")
         self.eos_id = self._special_id(config, "eos_token")
@@ -130,13 +131,13 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes | None:
         """The bytes that a token adds in the middle of a text; None if there is no such token."""
-        data = self._bytes.get(token_id)
-        if data is None:
-            token = self._token(token_id)
-            if token is None:
-                return None
-            data = self._bytes[token_id] = self.rules.token(token)
-        return data
+        token = self._token(token_id)
+        return None if token is None else self.rules.token(token)
+
+    def middle_bytes(self, *, skip_special_tokens: bool) -> Mapping[int, bytes]:
+        """The bytes of every token in the middle of a text; none for a special one that is to be
+        skipped, and for an id that is no token."""
+        return self._shown_plain if skip_special_tokens else self._shown
 
     def first_token_bytes(self, token_id: int) -> bytes | None:
         """The bytes that a token adds at the start of a text; None if there is no such token."""
@@ -190,6 +191,22 @@ class Tokenizer:
         return wanted and not adds_bos, int(adds_bos and not wanted)
 
 
+class _MiddleBytes(dict[int, bytes]):
+    """See `Tokenizer.middle_bytes`; a token is looked up when it is wanted first."""
+
+    def __init__(self, tokenizer: Tokenizer, hidden: frozenset[int]) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
+        self._hidden = hidden
+
+    def __missing__(self, token_id: int) -> bytes:
+        data = None if token_id in self._hidden else self._tokenizer.token_bytes(token_id)
+        if data is None:
+            return b""  # and not kept: of ids that are no token there is no end
+        self[token_id] = data
+        return data
+
+
 class IncrementalDecoder:
     """Token ids in, newly complete text out, at a constant cost per token.
 
@@ -209,6 +226,7 @@ class IncrementalDecoder:
         rules = tokenizer.rules
         self._tokenizer = tokenizer
         self._hidden: frozenset[int] = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._middle_bytes = tokenizer.middle_bytes(skip_special_tokens=skip_special_tokens)
         self._utf8 = codecs.getincrementaldecoder("utf-8")(rules.errors)
         self._before_first_token = True
         self._strip_char = rules.strip_char
@@ -218,20 +236,20 @@ class IncrementalDecoder:
 
     def push(self, token_ids: Iterable[int]) -> str:
         """Text that these ids make complete."""
-        parts = []
-        for token_id in token_ids:
-            if token_id in self._hidden:
-                continue
-            if self._before_first_token:
+        ids = iter(token_ids)
+        data = self._first_bytes(ids) if self._before_first_token else b""
+        data += b"".join(map(self._middle_bytes.__getitem__, ids))
+        return self._strip(self._utf8.decode(data)) if data else ""
+
+    def _first_bytes(self, ids: Iterator[int]) -> bytes:
+        """Those of the text's first token, if it is among `ids`, of which it takes as many."""
+        for token_id in ids:
+            if token_id not in self._hidden:
                 data = self._tokenizer.first_token_bytes(token_id)
-                self._before_first_token = data is None
-            else:
-                data = self._tokenizer.token_bytes(token_id)
-            if data:
-                parts.append(data)
-        if not parts:
-            return ""
-        return self._strip(self._utf8.decode(b"".join(parts)))
+                if data is not None:
+                    self._before_first_token = False
+                    return data
+        return b""
 
     @property
     def is_within_character(self) -> bool:

@@ -23,7 +23,7 @@ ENGINE = (
 TRANSFORMERS = (*ENGINE, "transformers")
 SERVER = (
     *ENGINE,
-    *("huggingface_hub", "jinja2", "fastapi", "uvicorn", "uvloop", "httptools"),
+    *("huggingface_hub", "jinja2", "fastapi", "uvicorn", "httptools"),
     *("pydantic", "pydantic_settings", "prometheus_client", "structlog"),
     *("httpx2", "psutil"),  # the client's
 )
@@ -34,7 +34,7 @@ TESTS = (
 # As they are called where they come from.
 DISTRIBUTIONS = (
     "jaxtyping", "msgspec", "rich", "safetensors", "tokenizers", "jinja2", "fastapi", "uvicorn",
-    "uvloop", "httptools", "pydantic", "pydantic-settings", "prometheus-client",
+    "httptools", "pydantic", "pydantic-settings", "prometheus-client",
     "structlog", "httpx2", "psutil", "pytest", "pytest-asyncio", "pytest-timeout", "pytest-xdist",
     "hypothesis",
 )  # fmt: skip

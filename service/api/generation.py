@@ -137,13 +137,14 @@ class Generation:
     async def next(self) -> list[Item]:
         """What is new, at least one item; an empty list when everything was said."""
         while True:
+            if not self._settled:
+                await self._news.wait()
             self._news.clear()
             items, self._last_items = self._last_items, []
             if not self._settled:
                 items += self._take_all()
             if items or self._settled:
                 return items
-            await self._news.wait()
 
     def end(self, finish_reason: str) -> None:
         """End it from the server's side, now: the client gets what had come and this reason."""
@@ -199,8 +200,9 @@ class Generation:
                 output.error,
             )
         is_first = continuation.times.first_s is None
+        num_before = continuation.num_tokens
         items = continuation.take(output, self._clock())
-        self._house.metrics.generated(sum(len(i.token_ids) for i in items if isinstance(i, Delta)))
+        self._house.metrics.generated(continuation.num_tokens - num_before)
         if is_first and continuation.times.first_s is not None:
             self._began(continuation.times, continuation.times.first_s)
         if continuation.done is not None:

@@ -19,9 +19,12 @@ from service.metrics import AbortReason
 
 # A server that closes a connection because its client takes nothing sets this in the scope.
 SLOW_READER = "vitrine.slow_reader"
+# The server's own `send`, in the scope: what lies between says nothing of the middle of a body, and
+# there is an event for every token.
+SERVER_SEND = "vitrine.server_send"
 KEEP_ALIVE = b": keep-alive\n\n"
-_LINE_END = re.compile(rb"\r\n|\r|\n")
 _NOT_IN_A_LINE = re.compile(r"[\r\n\0]")
+_LINE_END = re.compile(rb"\r\n|\r|\n")
 
 
 def format_event(event_id: str, event: str, data: bytes) -> bytes:
@@ -29,7 +32,7 @@ def format_event(event_id: str, event: str, data: bytes) -> bytes:
 
     Raises `ValueError` when the id or the name would break the line it stands on.
     """
-    if _NOT_IN_A_LINE.search(event_id) or _NOT_IN_A_LINE.search(event):
+    if _NOT_IN_A_LINE.search(event_id + event):
         raise ValueError(f"an event's id and name are one line each: {event_id!r}, {event!r}")
     return b"id: %b\nevent: %b\n%b" % (event_id.encode(), event.encode(), format_data(data))
 
@@ -69,10 +72,11 @@ class EventStreamResponse(Response):
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        send_middle: Send = scope.get(SERVER_SEND, send)
         tasks = [
-            asyncio.create_task(self._pump(send)),
+            asyncio.create_task(self._pump(send, send_middle)),
             asyncio.create_task(until_disconnect(receive)),
-            asyncio.create_task(self._keep_alive(send)),
+            asyncio.create_task(self._keep_alive(send_middle)),
         ]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -86,11 +90,13 @@ class EventStreamResponse(Response):
             if isinstance(end, Exception) and not isinstance(end, OSError):
                 raise end
 
-    async def _pump(self, send: Send) -> None:
+    async def _pump(self, send: Send, send_middle: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await self._send(send, start)
         while (chunk := await self._next_chunk()) is not None:
-            await self._send(send, {"type": "http.response.body", "body": chunk, "more_body": True})
+            await self._send(
+                send_middle, {"type": "http.response.body", "body": chunk, "more_body": True}
+            )
         self._complete = True
         await self._send(send, {"type": "http.response.body", "body": b"", "more_body": False})
 

@@ -25,6 +25,7 @@ from service.api.generation import Generation
 from service.api.identity import key_name_of
 from service.api.playground import FILES_ROUTE
 from service.api.quotas import Charge, KeyQuotas
+from service.api.sse import SERVER_SEND
 from service.metric_recording import Metrics
 from service.metrics import Outcome
 
@@ -137,6 +138,7 @@ class VisitMiddleware:
         visit = Visit(scope, request_id, self._quotas, self._on_complete)
         self._metrics.http_began()
         # A copy: a server may hand one dict to all requests.
+        scope[SERVER_SEND] = send
         scope["state"] = {**scope.get("state", {}), "request_id": request_id, _STATE: visit}
 
         async def send_with_id(message: Message) -> None:
