@@ -4,19 +4,22 @@ On a CPU each event takes a core from the engine, whose other threads then wait 
 many sequences running, the tokens of a few steps share an event. What somebody waits for does not
 wait, nor does it take the others along: a first token, an end.
 
-The events of a pause are not told at once but in turn, a few after each step. Between two forwards
-the engine computes on one core only, and what the API does with a few events fits into that.
+The events of a pause are not told at once but in turn, a few with each step: in short steps when
+the tokens are drawn and not yet booked. From there to the next forward the engine computes on one
+core only, and what the API does with a few events fits into that.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import islice
 from typing import TypeVar
 
 from service.engine.messages import EngineStats, SequenceOutput, StepOutput, StepRecord
 
 _SHORTEST_PAUSE_S = 0.004  # a shorter one costs more than it saves
+_FEWEST_EVENTS = 3  # of a message: each wakes the API up
 _LONGEST_PAUSE_S = 0.05  # more than that a reader would see
 
 Part = TypeVar("Part")
@@ -59,23 +62,24 @@ class Outbox:
         self._known.discard(sequence_id)
         self._urgent.discard(sequence_id)
 
-    def due(self, num_running: int) -> list[int]:
+    def due(self, num_running: int, *, in_turn: bool) -> list[int]:
         """The sequences to tell of now, while `num_running` run: those for whose output somebody
-        waits, and of the others those that have waited longest, so many that each has its turn
-        once in a pause."""
-        now_s = self._clock()
-        since_s, self._looked_at = now_s - self._looked_at, now_s
+        waits, and all where they are few. `in_turn`: also those that have waited longest, so many
+        that each has its turn once in a pause, unless they are too few to be worth a message."""
         pause_s = min(num_running / self._max_events_s, _LONGEST_PAUSE_S)
         if pause_s <= _SHORTEST_PAUSE_S:
             return list(self._waiting)
-        self._allowed = min(self._allowed + num_running * since_s / pause_s, num_running)
         due = list(self._urgent)
-        for sequence_id in self._waiting:
-            if self._allowed < 1:
-                break
-            if sequence_id not in self._urgent:
-                due.append(sequence_id)
-                self._allowed -= 1
+        if not in_turn:
+            return due
+        now_s = self._clock()
+        since_s, self._looked_at = now_s - self._looked_at, now_s
+        self._allowed = min(self._allowed + num_running * since_s / pause_s, num_running)
+        if self._allowed >= min(_FEWEST_EVENTS, num_running):
+            patient = (one for one in self._waiting if one not in self._urgent)
+            patient_due = list(islice(patient, int(self._allowed)))
+            self._allowed -= len(patient_due)
+            due += patient_due
         return due
 
     def take(self, sequence_ids: list[int], stats: EngineStats) -> StepOutput:

@@ -22,7 +22,7 @@ def token(id_: int, token_id: int, finish_reason: str | None = None) -> Sequence
 
 
 def taken(box: Outbox, num_running: int) -> list[SequenceOutput]:
-    return box.take(box.due(num_running), EngineStats()).outputs
+    return box.take(box.due(num_running, in_turn=True), EngineStats()).outputs
 
 
 def outbox(clock: Clock, max_events_s: float = 640.0) -> Outbox:
@@ -43,8 +43,9 @@ def test_with_many_sequences_tokens_share_an_event_and_sequences_take_turns() ->
         given_at[step] = clock.now_s
         record = StepRecord(num_sequences=32, num_decodes=32, num_tokens=32, step_s=0.006)
         box.add([token(id_, step) for id_ in range(32)], record)
-        due = box.due(32)
+        due = box.due(32, in_turn=True)
         assert 3 <= len(due) <= 4, "640 events a second in steps of 6 ms"
+        assert not box.due(32, in_turn=False)
         message = box.take(due, EngineStats(steps=step))
         records += len(message.steps)
         assert message.stats.steps == step
@@ -62,7 +63,7 @@ def test_with_few_sequences_each_step_is_told() -> None:
     clock = Clock()
     box = outbox(clock)
     box.add([token(0, 1), token(1, 1)])
-    assert box.due(2) == [0, 1]
+    assert box.due(2, in_turn=True) == [0, 1]
 
 
 def test_a_reader_never_waits_longer_than_he_would_see() -> None:
@@ -70,20 +71,20 @@ def test_a_reader_never_waits_longer_than_he_would_see() -> None:
     box = outbox(clock, max_events_s=1)
     box.add([token(0, 1)])
     clock.now_s += 0.0501
-    assert box.due(1000)
+    assert box.due(1000, in_turn=True)
 
 
 def test_a_first_token_and_an_end_do_not_wait() -> None:
     clock = Clock()
     box = outbox(clock)
     box.add([token(3, 1)])
-    assert not box.due(32)
+    assert not box.due(32, in_turn=True)
     box.add([token(99, 7)])
     assert [(one.id, one.token_ids) for one in taken(box, 32)] == [(99, [7])], "3 can wait"
     box.add([token(3, 2, "stop")])
     [ended] = taken(box, 32)
     assert (ended.id, ended.token_ids, ended.finish_reason) == (3, [1, 2], "stop")
-    assert not box.due(32)
+    assert not box.due(32, in_turn=True)
 
 
 def test_the_parts_of_an_output_are_kept() -> None:
