@@ -43,6 +43,7 @@ from service.engine_link import EngineLink
 from service.engine_process import EngineProcess
 from service.health import Cause
 from service.in_flight import Loss
+from service.own_core import OwnCore
 
 log = logging.getLogger("vitrine.engine")
 
@@ -108,6 +109,7 @@ class Supervisor:
         self._engine: EngineProcess | None = None
         self._standby: EngineProcess | None = None
         self._link: EngineLink | None = None
+        self._own_core = OwnCore()
         self._task: asyncio.Task[None] | None = None
         self._heard_at = time.monotonic()
         self._began_at = time.monotonic()  # this life; in the future while it is put off
@@ -152,7 +154,7 @@ class Supervisor:
     def spawn(self) -> None:
         """Start the engine process; it loads libraries while the caller goes on."""
         self._began_at = time.monotonic()
-        self._engine = EngineProcess.spawn()
+        self._engine = self._spawn()
 
     def start(self, config: EngineConfig) -> None:
         """Begin supervising; needs a running event loop."""
@@ -244,6 +246,8 @@ class Supervisor:
                 if verdict.done() or not is_alive:
                     death = verdict.result() if verdict.done() else None
                     return death or await self._exit_of(engine)
+                if self._is_crowded:
+                    self._own_core.leave_to(engine.process.pid)
                 limit_s = self.stall_s * (START_SILENCE if self._ready_at is None else 1)
                 if self.heartbeat_age_s > limit_s:
                     return Death("stall", f"was not heard for {self.heartbeat_age_s:.1f} s")
@@ -269,13 +273,23 @@ class Supervisor:
             broke = Death("protocol", "sent a message that breaks the schema", error)
             self._verdict.set_result(broke if error else None)
 
+    @property
+    def _is_crowded(self) -> bool:
+        """Whether the engine computes on all cores there are."""
+        info = self.info
+        return info is not None and info.device == "cpu" and info.threads >= self._own_core.count
+
+    def _spawn(self) -> EngineProcess:
+        self._own_core.leave_to_none()
+        return EngineProcess.spawn()
+
     async def _next_engine(self) -> EngineProcess:
         """The one spawned ahead, the standby, or a new one; never a dead one."""
         ahead, self._engine, self._standby = self._engine or self._standby, None, None
         if ahead is not None and not ahead.is_alive:
             await asyncio.to_thread(ahead.end, 0.0)
             ahead = None
-        return ahead or EngineProcess.spawn()
+        return ahead or self._spawn()
 
     def _handle(self, data: bytes) -> Death | None:
         message = from_engine_decoder.decode(data)
@@ -309,7 +323,7 @@ class Supervisor:
         self._listener.engine_ready()
         if self._wants_standby and self._standby is None:
             try:
-                self._standby = EngineProcess.spawn()
+                self._standby = self._spawn()
             except OSError as error:
                 log.warning("no standby: %s", error)
 

@@ -1,0 +1,50 @@
+"""Keeps the API process off the core on which the engine's main thread runs.
+
+Where the engine computes with as many threads as there are cores, everybody waits for its main
+thread: between two forwards it alone works, and the core of another is free. The system does not
+know that. It wakes the API where the message came from, on that very core (loadtests/NOTES.md).
+Linux; elsewhere nothing is done.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_PROCESSOR = 36  # of the fields of /proc/PID/stat behind the name; proc(5) counts from 1 and has 39
+
+
+class OwnCore:
+    """Looks where the engine is and steps aside. Of one thread, the event loop's."""
+
+    def __init__(self) -> None:
+        self._cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set[int]()
+        self._avoided: int | None = None
+
+    @property
+    def count(self) -> int:
+        """Cores that this process was given."""
+        return len(self._cores)
+
+    def leave_to(self, pid: int) -> None:
+        """Run on other cores than the main thread of `pid` from now on, if there are others."""
+        if len(self._cores) < 2 or (core := core_of(pid)) is None or core == self._avoided:
+            return
+        os.sched_setaffinity(0, self._cores - {core})
+        self._avoided = core
+
+    def leave_to_none(self) -> None:
+        """Run anywhere. To be called before a process is started that is to have all cores: it
+        inherits what this one may."""
+        if self._avoided is not None:
+            os.sched_setaffinity(0, self._cores)
+            self._avoided = None
+
+
+def core_of(pid: int) -> int | None:
+    """The core on which the main thread of a process ran last; None where nobody says."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    return int(stat.rpartition(")")[2].split()[_PROCESSOR])

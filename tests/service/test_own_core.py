@@ -1,0 +1,73 @@
+"""The API steps aside for the engine's main thread, and what it starts has all cores."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from service.own_core import OwnCore, core_of
+from tests.servers import running_server
+
+CORES = os.sched_getaffinity(0)
+pytestmark = pytest.mark.skipif(len(CORES) < 2, reason="there is one core only")
+
+
+@pytest.fixture
+def own_core() -> Iterator[OwnCore]:
+    yield OwnCore()
+    os.sched_setaffinity(0, CORES)
+
+
+def test_it_follows_the_other_and_leaves_others_alone(own_core: OwnCore) -> None:
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    seen: list[set[int]] = []
+    bystander = threading.Thread(target=lambda: seen.append(os.sched_getaffinity(0)))
+    try:
+        for core in (min(CORES), max(CORES)):
+            os.sched_setaffinity(other.pid, {core})
+            deadline = time.monotonic() + 10
+            while core_of(other.pid) != core:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            own_core.leave_to(other.pid)
+            assert os.sched_getaffinity(0) == CORES - {core}
+        own_core.leave_to_none()
+        assert os.sched_getaffinity(0) == CORES
+        bystander.start()
+        bystander.join()
+        assert seen == [CORES]
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_nobody_there_is_nobody_to_avoid(own_core: OwnCore) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    own_core.leave_to(gone.pid)
+    assert os.sched_getaffinity(0) == CORES
+
+
+def test_engine_and_standby_have_all_cores_and_the_api_does_not_share_the_engine_s(
+    tmp_path: Path,
+) -> None:
+    with running_server(tmp_path, "--threads", str(len(CORES)), "--standby") as server:
+        deadline = time.monotonic() + 20
+        while len(server.engines()) < 2 or os.sched_getaffinity(server.process.pid) == CORES:
+            assert time.monotonic() < deadline, "it never stepped aside"
+            time.sleep(0.05)
+        assert len(os.sched_getaffinity(server.process.pid)) == len(CORES) - 1
+        for engine in server.engines():
+            assert os.sched_getaffinity(engine.pid) == CORES
+            assert all(os.sched_getaffinity(one.id) == CORES for one in engine.threads())
+        server.engine.kill()
+        assert server.generate({"prompt": "Once", "max_tokens": 4})
+        for engine in server.engines():
+            assert os.sched_getaffinity(engine.pid) == CORES
