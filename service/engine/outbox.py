@@ -19,7 +19,7 @@ from typing import TypeVar
 from service.engine.messages import EngineStats, SequenceOutput, StepOutput, StepRecord
 
 _SHORTEST_PAUSE_S = 0.004  # a shorter one costs more than it saves
-_FEWEST_EVENTS = 3  # of a message: each wakes the API up
+_FEWEST_EVENTS = 5  # of a message: each wakes the API up
 _LONGEST_PAUSE_S = 0.05  # more than that a reader would see
 
 Part = TypeVar("Part")
