@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from service import logs
+from service.engine.burst import Burst
 from service.engine.channel import Channel, ChannelClosedError
 from service.engine.explain_messages import EndExplain, Explain
 from service.engine.guests import Guests
@@ -105,7 +106,8 @@ def serve(channel: Channel) -> None:
         if core.last_step.step_s < SHORT_STEP_S:
             tell(in_turn=True)
 
-    while handle_messages(channel, core, outbox, guests):
+    burst = Burst()
+    while handle_messages(channel, core, outbox, guests, burst):
         heartbeat.step_begins()
         stepped = core.has_work
         if stepped:
@@ -152,14 +154,19 @@ def start(
     return core, info
 
 
-def handle_messages(channel: Channel, core: EngineCore, outbox: Outbox, guests: Guests) -> bool:
+def handle_messages(
+    channel: Channel, core: EngineCore, outbox: Outbox, guests: Guests, burst: Burst
+) -> bool:
     """Take in what has arrived; waits a heartbeat's length when there is nothing to do.
     False when the engine is to end."""
     wait_ms = 0 if core.has_work or guests.has_work else int(HEARTBEAT_S * 1000)
     while channel.poll(wait_ms):
         message = receive(channel)
+        wait_ms = 0
         if isinstance(message, Submit):
             core.add(message)
+            burst.arrived()
+            wait_ms = burst.wait_ms(len(core.scheduler.running))
         elif isinstance(message, Abort):
             core.abort(message.id)
             outbox.forget(message.id)
@@ -171,7 +178,6 @@ def handle_messages(channel: Channel, core: EngineCore, outbox: Outbox, guests: 
             return False
         else:
             raise TypeError(f"unexpected {type(message).__name__} on a running engine")
-        wait_ms = 0
     return True
 
 

@@ -44,14 +44,14 @@ def test_with_many_sequences_tokens_share_an_event_and_sequences_take_turns() ->
         record = StepRecord(num_sequences=32, num_decodes=32, num_tokens=32, step_s=0.006)
         box.add([token(id_, step) for id_ in range(32)], record)
         due = box.due(32, in_turn=True)
-        assert 3 <= len(due) <= 4, "640 events a second in steps of 6 ms"
+        assert len(due) in (0, *range(5, 9)), "640 events a second in steps of 6 ms, in fives"
         assert not box.due(32, in_turn=False)
         message = box.take(due, EngineStats(steps=step))
         records += len(message.steps)
         assert message.stats.steps == step
         for one in message.outputs:
-            assert clock.now_s - given_at[one.token_ids[0]] < 0.051
-            assert 8 <= len(one.token_ids) <= 9 or one.id not in told
+            assert clock.now_s - given_at[one.token_ids[0]] < 0.057
+            assert 7 <= len(one.token_ids) <= 10 or one.id not in told
             told.setdefault(one.id, []).extend(one.token_ids)
     assert records == 100
     assert len(told) == 32, "somebody never had a turn"
