@@ -26,7 +26,7 @@ RUN apt-get update \
     && install --directory --owner vitrine --group vitrine --mode 0750 /cache \
     && install --directory /models
 COPY deploy/image/healthcheck.py /usr/local/lib/vitrine/healthcheck.py
-# Everything that is ever written lies in /tmp (the socket between the two processes) and /cache
+# Everything that is ever written lies in /tmp (a small file of each engine process) and /cache
 # (models by hub id; on a GPU what Triton compiles): the root file system may be read-only.
 ENV PATH=/opt/vitrine/bin:/opt/venv/bin:$PATH \
     HOME=/cache \

@@ -52,6 +52,7 @@ class Tokenizer:
         except (DecoderUnsupportedError, KeyError) as error:
             raise TokenizerError(f"tokenizer.json: {error}") from error
         self._longest_token_chars = _longest_token_chars(backend, self.rules)
+        self._bytes: dict[int, bytes] = {}
         self._shown = _MiddleBytes(self, hidden=frozenset())
         self._shown_plain = _MiddleBytes(self, hidden=self.special_ids)
         self._texts: dict[int, str] = {}
@@ -131,8 +132,13 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes | None:
         """The bytes that a token adds in the middle of a text; None if there is no such token."""
-        token = self._token(token_id)
-        return None if token is None else self.rules.token(token)
+        data = self._bytes.get(token_id)
+        if data is None:
+            token = self._token(token_id)
+            if token is None:
+                return None
+            data = self._bytes[token_id] = self.rules.token(token)
+        return data
 
     def middle_bytes(self, *, skip_special_tokens: bool) -> Mapping[int, bytes]:
         """The bytes of every token in the middle of a text; none for a special one that is to be

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from contextlib import suppress
 from typing import Protocol
 
 from service.engine.messages import MAX_MESSAGE_BYTES
@@ -28,8 +29,9 @@ class EngineLink(asyncio.BufferedProtocol):
 
     _transport: asyncio.Transport
 
-    def __init__(self, listener: Listener) -> None:
+    def __init__(self, connected: socket.socket, listener: Listener) -> None:
         """Of `open` alone."""
+        self._socket = connected
         self._listener = listener
         self._reader = FrameReader(MAX_MESSAGE_BYTES)
         self._is_open = True
@@ -40,7 +42,9 @@ class EngineLink(asyncio.BufferedProtocol):
     async def open(cls, connected: socket.socket, listener: Listener) -> EngineLink:
         """A link over a connected stream socket, which it closes."""
         loop = asyncio.get_running_loop()
-        _, link = await loop.create_unix_connection(lambda: cls(listener), sock=connected)
+        _, link = await loop.create_unix_connection(
+            lambda: cls(connected, listener), sock=connected
+        )
         return link
 
     def send(self, message: bytes) -> None:
@@ -71,6 +75,10 @@ class EngineLink(asyncio.BufferedProtocol):
                 self._listener.heard(message)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        # After a write that failed asyncio does not read what the engine had said before it died.
+        with suppress(OSError):
+            while self._is_open and (num_bytes := self._socket.recv_into(self._buffer)):
+                self.buffer_updated(num_bytes)
         if self._is_open:
             self._end("")
 

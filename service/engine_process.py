@@ -40,11 +40,15 @@ class EngineProcess:
         """Start the process; it loads its libraries and waits for its configuration. Returns
         at once."""
         folder = Path(tempfile.mkdtemp(prefix="vitrine-"))
-        recorder.create(folder)
         environment = dict(os.environ)
         environment.pop("VITRINE_API_KEYS", None)  # no business of the engine's
         set_wait_policy(environment)
-        ours, its = socket.socketpair()
+        try:
+            recorder.create(folder)
+            ours, its = socket.socketpair()
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         try:
             process = subprocess.Popen(  # noqa: S603 - our own module, no shell
                 [sys.executable, "-m", ENGINE_MODULE, str(its.fileno()), str(folder)],
@@ -89,7 +93,9 @@ class EngineProcess:
         return recorder.read(self.folder)
 
     async def link(self, listener: Listener) -> EngineLink:
-        """Begin to read what it says."""
+        """Begin to read what it says. Raises `OSError` where its folder was swept away with other
+        old files: it could not begin."""
+        (self.folder / recorder.FILE_NAME).stat()
         # A copy, that the transport closes; `end` closes this one.
         return await EngineLink.open(self.api_end.dup(), listener)
 

@@ -8,14 +8,18 @@ Linux; elsewhere nothing is done.
 
 from __future__ import annotations
 
+import logging
 import os
+from contextlib import suppress
 from pathlib import Path
+
+log = logging.getLogger("vitrine.engine")
 
 _PROCESSOR = 36  # of the fields of /proc/PID/stat behind the name; proc(5) counts from 1 and has 39
 
 
 class OwnCore:
-    """Looks where the engine is and steps aside. Of one thread, the event loop's."""
+    """Looks where the engine is, and has this process step aside."""
 
     def __init__(self) -> None:
         self._cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set[int]()
@@ -30,15 +34,25 @@ class OwnCore:
         """Run on other cores than the main thread of `pid` from now on, if there are others."""
         if len(self._cores) < 2 or (core := core_of(pid)) is None or core == self._avoided:
             return
-        os.sched_setaffinity(0, self._cores - {core})
+        self._run_on(self._cores - {core})
         self._avoided = core
 
     def leave_to_none(self) -> None:
         """Run anywhere. To be called before a process is started that is to have all cores: it
         inherits what this one may."""
-        if self._avoided is not None:
-            os.sched_setaffinity(0, self._cores)
+        if self._avoided is not None and self._cores:
+            self._run_on(self._cores)
             self._avoided = None
+
+    def _run_on(self, cores: set[int]) -> None:
+        """All threads. Where the system does not let us, or took cores away, all stays as it is."""
+        try:
+            for thread in Path("/proc/self/task").iterdir():
+                with suppress(ProcessLookupError):
+                    os.sched_setaffinity(int(thread.name), cores)
+        except OSError as error:
+            log.warning("the API process stays where the system puts it: %s", error)
+            self._cores = set()
 
 
 def core_of(pid: int) -> int | None:

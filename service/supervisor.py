@@ -53,7 +53,7 @@ Phase = Literal["starting", "ready", "restarting", "crash-loop", "stopped", "fai
 # its end of the socket. Any other death closes it and is noticed at once.
 LOOK_S = 0.05
 LAST_WORDS_S = 0.02  # for what a dead engine's socket still holds
-EXIT_S = 1.0  # for an engine that closed its socket to be gone
+EXIT_S = 5.0  # for an engine that closed its socket to be gone; with ranks it waits for theirs
 # Loading has long parts that cannot beat: a library on a cold disk, the memory of the cache.
 START_SILENCE = 10  # times stall_s
 # A life shorter than this in which nothing was computed was fruitless.
@@ -183,6 +183,7 @@ class Supervisor:
         if standby is not None:
             await asyncio.to_thread(standby.end, 0.0)
         await self._end_engine(grace_s)
+        self._own_core.leave_to_none()
         self.phase = "stopped"
 
     def _broke_off(self, task: asyncio.Task[None]) -> None:
@@ -277,7 +278,9 @@ class Supervisor:
     def _is_crowded(self) -> bool:
         """Whether the engine computes on all cores there are."""
         info = self.info
-        return info is not None and info.device == "cpu" and info.threads >= self._own_core.count
+        if info is None or info.device != "cpu":
+            return False
+        return info.threads >= self._own_core.count > 1
 
     def _spawn(self) -> EngineProcess:
         self._own_core.leave_to_none()

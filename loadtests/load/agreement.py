@@ -127,9 +127,11 @@ def beside_server(
 
 
 def _gaps(sample: Sample) -> list[float]:
-    """A gap for each token, as server and bench count them: those of one event came together for
-    the reader, so that each takes its share of the pause before."""
-    return [
+    """A gap for each token but the first, as server and bench count them: those of one event came
+    together for the reader, so that each takes its share of the pause before; behind the first
+    token there is none."""
+    behind_first = [0.0] * (sample.counts[0] - 1) if sample.counts else []
+    return behind_first + [
         gap / count
         for gap, count in zip(sample.gaps_s, sample.counts[1:], strict=True)
         for _ in range(count)

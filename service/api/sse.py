@@ -19,8 +19,8 @@ from service.metrics import AbortReason
 
 # A server that closes a connection because its client takes nothing sets this in the scope.
 SLOW_READER = "vitrine.slow_reader"
-# The server's own `send`, in the scope: what lies between says nothing of the middle of a body, and
-# there is an event for every token.
+# In the scope: the `send` that our own layers were given. They say nothing of the middle of a body,
+# and there is an event for every token.
 SERVER_SEND = "vitrine.server_send"
 KEEP_ALIVE = b": keep-alive\n\n"
 _NOT_IN_A_LINE = re.compile(r"[\r\n\0]")

@@ -137,8 +137,8 @@ class VisitMiddleware:
         request_id = wanted if _SANE_ID.fullmatch(wanted) else uuid.uuid4().hex
         visit = Visit(scope, request_id, self._quotas, self._on_complete)
         self._metrics.http_began()
-        # A copy: a server may hand one dict to all requests.
         scope[SERVER_SEND] = send
+        # A copy: a server may hand one dict to all requests.
         scope["state"] = {**scope.get("state", {}), "request_id": request_id, _STATE: visit}
 
         async def send_with_id(message: Message) -> None:

@@ -1,4 +1,4 @@
-"""`python -m service.engine ENDPOINT`: the engine process (see loop.py)."""
+"""`python -m service.engine SOCKET FOLDER`: the engine process (see loop.py)."""
 
 import sys
 

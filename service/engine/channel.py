@@ -68,8 +68,11 @@ class Channel:
     def close(self, linger_s: float) -> None:
         """Give the last messages so long to leave."""
         end = time.monotonic() + linger_s
+        writable = select.poll()  # not `select`, which takes no descriptor from 1024 on
+        if self._unsent:
+            writable.register(self._socket, select.POLLOUT)
         while self._unsent and self._is_open and (left := end - time.monotonic()) > 0:
-            select.select([], [self._socket], [], left)
+            writable.poll(left * 1000)
             self._flush()
         self._socket.close()
 

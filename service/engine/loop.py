@@ -57,12 +57,14 @@ def main() -> int:
     logs.configure_from_environment()
     # Ctrl-C reaches every process of the terminal; the API decides when the engine ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    watcher = threading.Thread(target=_exit_with_parent, daemon=True)
+    watcher.start()
     channel = Channel(socket.socket(fileno=int(sys.argv[1])))
     try:
         serve(channel)
     except ChannelClosedError:
-        return 1  # nobody is there to be told
+        watcher.join(1.0)  # if the API is gone, that thread ends this process in order
+        return 1
     except BaseException as error:
         send(channel, Fatal(type(error).__name__, str(error)))
         raise

@@ -1,6 +1,6 @@
 """The flight recorder: which sequences the step that runs computes, readable after a crash.
 
-A small file beside the socket, mapped into the engine's memory: writing costs a microsecond
+A small file in a folder of the engine process, mapped into its memory: writing costs a microsecond
 and no message, and what was written outlives the process. The API reads it when an engine
 died, so that only the sequences of the fatal step are held to account.
 

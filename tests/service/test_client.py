@@ -64,7 +64,7 @@ class PlayedEngine:
         self.client = EngineClient(max_in_flight=max_in_flight, stall_s=30.0)
         self.inbox: list[Submit | Abort] = []
         self.supervisor = self.client._supervisor
-        self.supervisor._socket = self  # type: ignore[assignment]
+        self.supervisor._link = self  # type: ignore[assignment]
 
     def send(self, data: bytes) -> None:
         message = to_engine_decoder.decode(data)

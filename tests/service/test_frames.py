@@ -151,6 +151,19 @@ async def test_the_link_hears_all_that_was_said_before_the_end() -> None:
     link.close()
 
 
+async def test_what_a_dead_engine_had_said_is_heard_though_a_write_fails_first() -> None:
+    its, ours = socket.socketpair()
+    heard = Heard()
+    link = await EngineLink.open(ours, heard)
+    with its:
+        its.sendall(frame(b"last words"))
+    link.send(b"to nobody")  # before the event loop had a moment to read
+    async with asyncio.timeout(5):
+        await heard.ended.wait()
+    assert heard.messages == [b"last words"]
+    assert heard.ends == [""]
+
+
 async def test_the_link_ends_at_a_message_over_the_limit() -> None:
     its, ours = socket.socketpair()
     heard = Heard()

@@ -21,14 +21,22 @@ pytestmark = pytest.mark.skipif(len(CORES) < 2, reason="there is one core only")
 
 @pytest.fixture
 def own_core() -> Iterator[OwnCore]:
-    yield OwnCore()
-    os.sched_setaffinity(0, CORES)
+    made = OwnCore()
+    yield made
+    made.leave_to_none()
 
 
 def test_it_follows_the_other_and_leaves_others_alone(own_core: OwnCore) -> None:
     other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     seen: list[set[int]] = []
-    bystander = threading.Thread(target=lambda: seen.append(os.sched_getaffinity(0)))
+    leave = threading.Event()
+
+    def stand_by() -> None:
+        leave.wait()
+        seen.append(os.sched_getaffinity(0))
+
+    bystander = threading.Thread(target=stand_by)
+    bystander.start()
     try:
         for core in (min(CORES), max(CORES)):
             os.sched_setaffinity(other.pid, {core})
@@ -38,14 +46,32 @@ def test_it_follows_the_other_and_leaves_others_alone(own_core: OwnCore) -> None
                 time.sleep(0.01)
             own_core.leave_to(other.pid)
             assert os.sched_getaffinity(0) == CORES - {core}
+        leave.set()
+        bystander.join()
+        assert seen == [CORES - {core}], "a thread stayed behind"
         own_core.leave_to_none()
         assert os.sched_getaffinity(0) == CORES
-        bystander.start()
-        bystander.join()
-        assert seen == [CORES]
     finally:
+        leave.set()
         other.kill()
         other.wait()
+
+
+def test_what_the_system_refuses_is_not_tried_again(
+    own_core: OwnCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[set[int]] = []
+
+    def refuse(thread: int, cores: set[int]) -> None:
+        asked.append(cores)
+        raise OSError(22, "Invalid argument")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "sched_setaffinity", refuse)
+        for _ in range(3):
+            own_core.leave_to(os.getpid())
+            own_core.leave_to_none()
+    assert len(asked) == 1
 
 
 def test_nobody_there_is_nobody_to_avoid(own_core: OwnCore) -> None:

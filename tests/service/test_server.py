@@ -66,7 +66,7 @@ def test_a_signal_while_starting_ends_in_order(
             time.sleep(0.005)
         assert server.stop(sig) == 0, server.log.read_text()
         assert "Traceback" not in server.log.read_text()
-        assert not list(tmp_path.glob("vitrine-*")), "the socket's folder was left behind"
+        assert not list(tmp_path.glob("vitrine-*")), "the engine's folder was left behind"
 
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
@@ -117,7 +117,7 @@ def test_killing_the_api_ends_the_engine(tmp_path: Path, monkeypatch: pytest.Mon
         server.process.kill()
         _, alive = psutil.wait_procs([engine], timeout=5)
         assert not alive
-        assert not list(tmp_path.glob("vitrine-*")), "the socket's folder was left behind"
+        assert not list(tmp_path.glob("vitrine-*")), "the engine's folder was left behind"
 
 
 def test_a_stream_outlives_the_death_of_the_engine(tmp_path: Path) -> None:
