@@ -54,7 +54,9 @@ from service.engine.traffic import traffic_of
 CPU = torch.device("cpu")
 
 
-def engine(given: argparse.Namespace, context: int, max_num_seqs: int) -> EngineCore:
+def engine(
+    given: argparse.Namespace, context: int, max_num_seqs: int, max_step_ratio: float = 2.0
+) -> EngineCore:
     """As it serves, on random weights; the cache holds `max_num_seqs` whole contexts."""
     shape = read_config(PUBLISHED[given.shape])
     if context > shape.max_positions:
@@ -69,6 +71,7 @@ def engine(given: argparse.Namespace, context: int, max_num_seqs: int) -> Engine
         max_batched_tokens=max(1024, max_num_seqs),
         kv_cache_bytes=blocks * per_block,
         threads=given.threads,
+        max_step_ratio=max_step_ratio,
     )
     core, _ = assemble(model, (), config, began=time.monotonic())
     return core
@@ -157,7 +160,8 @@ def sweep(given: argparse.Namespace) -> None:
     points = [(n, 128) for n in (1, 2, 4, 8, 16, 32, 64)]
     points += [(8, context) for context in (256, 512, 1024, 2048) if context < shape.max_positions]
     traffic = traffic_of(shape, dtype, int8=given.dtype == "int8")
-    core = engine(given, max(c for _, c in points) + 64, 64)
+    # Prompts in whole steps: in small chunks the first sequences are done before the last begin.
+    core = engine(given, max(c for _, c in points) + 64, 64, max_step_ratio=0.0)
     rng, rows = random.Random(given.seed), []
     for num_seqs, context in track(points, console=Console(stderr=True)):
         for id_ in range(num_seqs):
@@ -165,6 +169,8 @@ def sweep(given: argparse.Namespace) -> None:
         while any(one.num_output < 2 for one in core.sequences.values()):
             core.step()
         step_s = median(_step_s(core) for _ in range(given.steps))
+        if core.last_step.num_decodes != num_seqs:
+            raise SystemExit(f"{core.last_step.num_decodes} of {num_seqs} sequences were running")
         for id_ in range(num_seqs):
             core.abort(id_)
         # Each time: the memory of a shared machine is not the same from one minute to the next.
