@@ -13,7 +13,7 @@ from service.frames import FrameReader, FrameTooLongError, frame
 BUFFER_BYTES = 64 * 1024
 
 
-class Listener(Protocol):
+class LinkListener(Protocol):
     """Who hears the engine."""
 
     def heard(self, message: bytes) -> None: ...
@@ -29,7 +29,7 @@ class EngineLink(asyncio.BufferedProtocol):
 
     _transport: asyncio.Transport
 
-    def __init__(self, connected: socket.socket, listener: Listener) -> None:
+    def __init__(self, connected: socket.socket, listener: LinkListener) -> None:
         """Of `open` alone."""
         self._socket = connected
         self._listener = listener
@@ -39,7 +39,7 @@ class EngineLink(asyncio.BufferedProtocol):
         self._buffer = memoryview(bytearray(BUFFER_BYTES))
 
     @classmethod
-    async def open(cls, connected: socket.socket, listener: Listener) -> EngineLink:
+    async def open(cls, connected: socket.socket, listener: LinkListener) -> EngineLink:
         """A link over a connected stream socket, which it closes."""
         loop = asyncio.get_running_loop()
         _, link = await loop.create_unix_connection(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from model.threads import set_wait_policy
 from service.engine import recorder
-from service.engine_link import EngineLink, Listener
+from service.engine_link import EngineLink, LinkListener
 
 log = logging.getLogger("vitrine.engine")
 
@@ -92,7 +92,7 @@ class EngineProcess:
         """The sequences that it was computing when it ended; empty when it was not."""
         return recorder.read(self.folder)
 
-    async def link(self, listener: Listener) -> EngineLink:
+    async def link(self, listener: LinkListener) -> EngineLink:
         """Begin to read what it says. Raises `OSError` where its folder was swept away with other
         old files: it could not begin."""
         (self.folder / recorder.FILE_NAME).stat()

@@ -16,7 +16,7 @@ from service.own_core import OwnCore, core_of
 from tests.servers import running_server
 
 CORES = os.sched_getaffinity(0)
-pytestmark = pytest.mark.skipif(len(CORES) < 2, reason="there is one core only")
+several_cores = pytest.mark.skipif(len(CORES) < 2, reason="there is one core only")
 
 
 @pytest.fixture
@@ -26,7 +26,8 @@ def own_core() -> Iterator[OwnCore]:
     made.leave_to_none()
 
 
-def test_it_follows_the_other_and_leaves_others_alone(own_core: OwnCore) -> None:
+@several_cores
+def test_it_follows_the_other_with_all_its_threads(own_core: OwnCore) -> None:
     other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     seen: list[set[int]] = []
     leave = threading.Event()
@@ -57,6 +58,7 @@ def test_it_follows_the_other_and_leaves_others_alone(own_core: OwnCore) -> None
         other.wait()
 
 
+@several_cores
 def test_what_the_system_refuses_is_not_tried_again(
     own_core: OwnCore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,6 +76,17 @@ def test_what_the_system_refuses_is_not_tried_again(
     assert len(asked) == 1
 
 
+def test_on_one_core_there_is_nowhere_to_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[set[int]] = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {min(CORES)})
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: asked.append(cores))
+    alone = OwnCore()
+    alone.leave_to(os.getpid())
+    alone.leave_to_none()
+    assert alone.count == 1
+    assert not asked
+
+
 def test_nobody_there_is_nobody_to_avoid(own_core: OwnCore) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
@@ -81,6 +94,7 @@ def test_nobody_there_is_nobody_to_avoid(own_core: OwnCore) -> None:
     assert os.sched_getaffinity(0) == CORES
 
 
+@several_cores
 def test_engine_and_standby_have_all_cores_and_the_api_does_not_share_the_engine_s(
     tmp_path: Path,
 ) -> None:

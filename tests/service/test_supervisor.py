@@ -31,7 +31,7 @@ from service.engine.messages import (
     to_engine_decoder,
 )
 from service.engine.recorder import Recorder
-from service.engine_link import Listener
+from service.engine_link import LinkListener
 from service.in_flight import Loss
 from service.supervisor import Supervisor
 from tests.service.test_client import INFO
@@ -57,7 +57,7 @@ class PlayedProcess:
     def is_alive(self) -> bool:
         return self.stays or bool(self.said)
 
-    async def link(self, listener: Listener) -> PlayedProcess:
+    async def link(self, listener: LinkListener) -> PlayedProcess:
         self.listener = listener
         self.saying = asyncio.create_task(self.say())
         return self
