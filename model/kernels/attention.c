@@ -11,7 +11,6 @@
 #include "vectors.h"
 
 #include <math.h>
-#include <omp.h>
 
 #define ROWS_MAX SCORE_ROWS
 #define DIM_MAX (MAX_HEAD_DIM / LANES)
@@ -243,7 +242,8 @@ static int64_t first_page(const Model *m, const Layer *l, const Step *s, int64_t
 }
 
 /* One of `items`. */
-static void attend(const Model *m, const Layer *l, const Step *s, int64_t item, int64_t items) {
+static void attend(const Member *me, const Model *m, const Layer *l, const Step *s, int64_t item,
+                   int64_t items) {
     const int64_t *job = s->jobs + item / m->num_kv_heads * 3, head = item % m->num_kv_heads;
     const int64_t d = m->head_dim, group = m->num_heads / m->num_kv_heads, seq = job[0];
     const int64_t num_rows = job[2] * group;
@@ -267,7 +267,7 @@ static void attend(const Model *m, const Layer *l, const Step *s, int64_t item, 
                          q + r * d);
             for (int64_t i = 0; i < d; i++) q[r * d + i] *= m->scale;
             if (watched >= 0 && token + 1 == s->query_start[seq + 1])
-                kept[r].scores = w->scores + (omp_get_thread_num() * ROWS_MAX + r) * w->stride;
+                kept[r].scores = w->scores + (me->rank * ROWS_MAX + r) * w->stride;
         }
         Kept *keep = watched >= 0 ? kept : NULL;
         const int64_t next = row + count < num_rows || item + 1 == items ? item : item + 1;
@@ -285,16 +285,21 @@ static void attend(const Model *m, const Layer *l, const Step *s, int64_t item, 
     }
 }
 
-void attention(const Model *m, const Layer *l, const Step *s) {
+void attention(const Member *me, const Model *m, const Layer *l, const Step *s) {
     /* A chunk's queries see keys of the same chunk that another thread may have to write. */
-#pragma omp for schedule(static)
-    for (int64_t item = 0; item < s->num_tokens * m->num_kv_heads; item++)
+    const int64_t written = s->num_tokens * m->num_kv_heads;
+    const int64_t end = share_of(me, me->rank + 1, written);
+    for (int64_t item = share_of(me, me->rank, written); item < end; item++)
         write_cache(m, l, s, item / m->num_kv_heads, item % m->num_kv_heads);
+    meet(me);
     /* Several in a row for a thread, so that it knows what it will read next; not with prompts,
      * whose items take so long that the threads would wait for the one with the last share. */
     const int64_t items = s->num_jobs * m->num_kv_heads;
-    int64_t in_a_row = s->num_jobs == s->num_tokens ? items / (SHARES * omp_get_num_threads()) : 1;
+    int64_t in_a_row = s->num_jobs == s->num_tokens ? items / (SHARES * me->size) : 1;
     in_a_row = in_a_row < 1 ? 1 : in_a_row > MOST_IN_A_ROW ? MOST_IN_A_ROW : in_a_row;
-#pragma omp for schedule(dynamic, in_a_row)
-    for (int64_t item = 0; item < items; item++) attend(m, l, s, item, items);
+    for (int64_t first = take(in_a_row); first < items; first = take(in_a_row)) {
+        const int64_t last = first + in_a_row < items ? first + in_a_row : items;
+        for (int64_t item = first; item < last; item++) attend(me, m, l, s, item, items);
+    }
+    meet(me);
 }

@@ -1,25 +1,25 @@
-/* One step of the whole model in one parallel region: embeddings in, logits out.
+/* One step of the whole model in one call of the team: embeddings in, logits out.
  *
  * model/transformer.py is the same in PyTorch, and what every test compares this with. The
- * threads meet at a barrier after each stage, some 8 times a layer; they are not sent home in
+ * threads meet after each stage, some 8 times a layer; they are not sent home in
  * between, which would cost tens of microseconds each time (loadtests/NOTES.md).
  */
 #include "kernels.h"
 #include "vectors.h"
 
 #include <math.h>
-#include <omp.h>
 #include <stddef.h>
+#include <time.h>
 
 #define HEARTBEAT_S 0.2 /* calling Python after each layer of a small model would cost too much */
 
 /* Row i of out is the norm of row which[i] of x, or of row i. */
-static void norm_rows(const Model *m, const Norm *norm, const void *x, const int64_t *which,
-                      int64_t rows, void *out) {
+static void norm_rows(const Member *me, const Model *m, const Norm *norm, const void *x,
+                      const int64_t *which, int64_t rows, void *out) {
     const int64_t size = m->hidden_size;
     const int is_bf16 = (int)m->is_bf16;
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < rows; row++) {
+    const int64_t end = share_of(me, me->rank + 1, rows);
+    for (int64_t row = share_of(me, me->rank, rows); row < end; row++) {
         const int64_t from = (which ? which[row] : row) * size, to = row * size;
         vec sum = splat(0), squares = splat(0), mean = splat(0);
         if (norm->bias) {
@@ -37,37 +37,52 @@ static void norm_rows(const Model *m, const Norm *norm, const void *x, const int
             store(out, to + i, v, is_bf16);
         }
     }
+    meet(me);
 }
 
-static void forward_layer(const Model *m, const Layer *l, const Step *s) {
+static void forward_layer(const Member *me, const Model *m, const Layer *l, const Step *s) {
     const int64_t rows = s->num_tokens, is_bf16 = m->is_bf16;
     const Output qkv = {s->qkv, NULL, NO_ACTIVATION, is_bf16};
     const Output hidden = {s->hidden, s->hidden, NO_ACTIVATION, is_bf16};
     const Output gated = {s->gated, NULL, m->activation, is_bf16};
-    norm_rows(m, &l->attention_norm, s->hidden, NULL, rows, s->normed);
-    linear(&l->qkv, s->normed, rows, is_bf16, &qkv, s->panels);
-    attention(m, l, s);
-    linear(&l->out, s->mixed, rows, is_bf16, &hidden, s->panels);
-    norm_rows(m, &l->mlp_norm, s->hidden, NULL, rows, s->normed);
-    linear(&l->up, s->normed, rows, is_bf16, &gated, s->panels);
-    linear(&l->down, s->gated, rows, is_bf16, &hidden, s->panels);
+    norm_rows(me, m, &l->attention_norm, s->hidden, NULL, rows, s->normed);
+    linear(me, &l->qkv, s->normed, rows, is_bf16, &qkv, s->panels);
+    attention(me, m, l, s);
+    linear(me, &l->out, s->mixed, rows, is_bf16, &hidden, s->panels);
+    norm_rows(me, m, &l->mlp_norm, s->hidden, NULL, rows, s->normed);
+    linear(me, &l->up, s->normed, rows, is_bf16, &gated, s->panels);
+    linear(me, &l->down, s->gated, rows, is_bf16, &hidden, s->panels);
+}
+
+static double now_s(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+typedef struct {
+    const Model *model;
+    const Step *step;
+} Task;
+
+static void forward(const Member *me, const void *task) {
+    const Model *m = ((const Task *)task)->model;
+    const Step *s = ((const Task *)task)->step;
+    double last = now_s();
+    for (int64_t layer = 0; layer < m->num_layers; layer++) {
+        forward_layer(me, m, &m->layers[layer], s);
+        if (me->rank == 0 && s->heartbeat && now_s() - last > HEARTBEAT_S) {
+            s->heartbeat();
+            last = now_s();
+        }
+    }
+    norm_rows(me, m, &m->final_norm, s->hidden, s->logits_rows, s->num_logits, s->normed);
+    const Output logits = {s->logits, NULL, NO_ACTIVATION, 0};
+    linear(me, &m->lm_head, s->normed, s->num_logits, m->is_bf16, &logits, s->panels);
+    if (s->watch) glances(me, m, s);
 }
 
 void vitrine_forward(const Model *m, const Step *s) {
-    double last = omp_get_wtime();
-#pragma omp parallel num_threads((int)s->num_threads)
-    {
-        for (int64_t layer = 0; layer < m->num_layers; layer++) {
-            forward_layer(m, &m->layers[layer], s);
-#pragma omp master /* the thread that called */
-            if (s->heartbeat && omp_get_wtime() - last > HEARTBEAT_S) {
-                s->heartbeat();
-                last = omp_get_wtime();
-            }
-        }
-        norm_rows(m, &m->final_norm, s->hidden, s->logits_rows, s->num_logits, s->normed);
-        const Output logits = {s->logits, NULL, NO_ACTIVATION, 0};
-        linear(&m->lm_head, s->normed, s->num_logits, m->is_bf16, &logits, s->panels);
-        if (s->watch) glances(m, s);
-    }
+    const Task task = {m, s};
+    work_together(s->num_threads, forward, &task);
 }

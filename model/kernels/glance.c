@@ -7,7 +7,6 @@
 #include "vectors.h"
 
 #include <math.h>
-#include <omp.h>
 
 /* LANES numbers from x[at] on; lanes past the end count for nothing. */
 INLINE vec load_within(const float *x, int64_t at, int64_t width) {
@@ -78,11 +77,10 @@ static void likeliest(const Model *m, const Step *s, int64_t row) {
     for (int64_t n = 0; n < w->num_tokens; n++) logprobs[n] -= mass;
 }
 
-void glances(const Model *m, const Step *s) {
+void glances(const Member *me, const Model *m, const Step *s) {
     const Watch *w = s->watch;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t row = 0; row < w->num_rows; row++) {
-        float *mean = w->scores + omp_get_thread_num() * SCORE_ROWS * w->stride;
+    for (int64_t row = take(1); row < w->num_rows; row = take(1)) {
+        float *mean = w->scores + me->rank * SCORE_ROWS * w->stride;
         mean_weights(m, w, row, mean);
         int64_t to = (w->chosen_start[row] + row) * w->num_places;
         largest(mean, w->stride, 0, w->num_places, w->places + to, w->weights + to);
@@ -93,4 +91,5 @@ void glances(const Model *m, const Step *s) {
         }
         likeliest(m, s, row);
     }
+    meet(me);
 }

@@ -7,6 +7,8 @@
 #ifndef VITRINE_KERNELS_H
 #define VITRINE_KERNELS_H
 
+#include "team.h"
+
 #include <stdint.h>
 
 #define MAX_HEAD_DIM 256
@@ -97,10 +99,10 @@ typedef struct {
     int64_t activation, is_bf16;
 } Output;
 
-/* Called by every thread of a parallel region; each ends with a barrier. */
-void linear(const Linear *weights, const void *x, int64_t rows, int64_t x_is_bf16,
-            const Output *output, void *panels);
-void attention(const Model *model, const Layer *layer, const Step *step);
-void glances(const Model *model, const Step *step);
+/* Called by every member of the team; each ends when all are done. */
+void linear(const Member *me, const Linear *weights, const void *x, int64_t rows,
+            int64_t x_is_bf16, const Output *output, void *panels);
+void attention(const Member *me, const Model *model, const Layer *layer, const Step *step);
+void glances(const Member *me, const Model *model, const Step *step);
 
 #endif

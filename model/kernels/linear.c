@@ -12,7 +12,6 @@
 #include "kernels.h"
 #include "vectors.h"
 
-#include <omp.h>
 
 #if defined(__AVX512F__)
 #define TILE_ROWS 6
@@ -206,24 +205,23 @@ static void panel(const Linear *l, const void *x, const Output *o, int64_t unit,
     }
 }
 
-void linear(const Linear *l, const void *x, int64_t rows, int64_t x_is_bf16, const Output *o,
-            void *panels) {
+void linear(const Member *me, const Linear *l, const void *x, int64_t rows, int64_t x_is_bf16,
+            const Output *o, void *panels) {
     const int64_t size = l->in_features, units = (l->out_features + LANES - 1) / LANES;
     const int64_t width = x_is_bf16 ? 2 : 4;
     const int64_t weight_width = l->kind == INT8 ? 1 : width;
     int64_t row_block = ROW_BLOCK_BYTES / (size * width) / TILE_ROWS * TILE_ROWS;
     if (row_block < 8 * TILE_ROWS) row_block = 8 * TILE_ROWS;
     /* small products in smaller pieces, so that all threads have their share */
-    const int64_t piece = units >= 8 * omp_get_num_threads() ? 4 : 2;
+    const int64_t piece = units >= 8 * me->size ? 4 : 2;
     const int64_t pieces = (units + piece - 1) / piece;
     const int64_t items = pieces * ((rows + row_block - 1) / row_block);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t item = 0; item < items; item++) {
+    for (int64_t item = take(1); item < items; item = take(1)) {
         const int64_t begin = item / pieces * row_block, first = item % pieces * piece;
         const int64_t end = begin + row_block < rows ? begin + row_block : rows;
         const int64_t last = first + piece < units ? first + piece : units;
         /* The item that this thread takes next, if the others are as fast. */
-        const int64_t next_item = item + omp_get_num_threads();
+        const int64_t next_item = item + me->size;
         const int64_t unit_bytes = size * LANES * weight_width;
         for (int64_t unit = first; unit < last;) {
             const int64_t left = last - unit < TILE_UNITS ? last - unit : TILE_UNITS;
@@ -239,7 +237,7 @@ void linear(const Linear *l, const void *x, int64_t rows, int64_t x_is_bf16, con
             }
             if (kind == INT8 && (end - begin > 2 * TILE_ROWS || !HAS_INT8_TILES)) {
                 /* once for all tiles of rows */
-                uint16_t *wide = (uint16_t *)panels + omp_get_thread_num() * size * 4 * LANES;
+                uint16_t *wide = (uint16_t *)panels + me->rank * size * 4 * LANES;
                 dequantise((const int8_t *)w, count * size * LANES, wide);
                 w = (const char *)wide;
                 kind = BFLOAT16;
@@ -248,12 +246,26 @@ void linear(const Linear *l, const void *x, int64_t rows, int64_t x_is_bf16, con
             unit += count;
         }
     }
+    meet(me);
+}
+
+typedef struct {
+    const Linear *weights;
+    const void *x;
+    int64_t rows, x_is_bf16;
+    const Output *output;
+    void *panels;
+} Product;
+
+static void product(const Member *me, const void *task) {
+    const Product *p = task;
+    linear(me, p->weights, p->x, p->rows, p->x_is_bf16, p->output, p->panels);
 }
 
 /* One product alone, as float32: for what explains an answer with the weights that made it. */
 void vitrine_product(const Linear *l, const void *x, int64_t rows, int64_t x_is_bf16, float *out,
                      void *panels, int64_t num_threads) {
     const Output output = {out, NULL, NO_ACTIVATION, 0};
-#pragma omp parallel num_threads((int)num_threads)
-    linear(l, x, rows, x_is_bf16, &output, panels);
+    const Product task = {l, x, rows, x_is_bf16, &output, panels};
+    work_together(num_threads, product, &task);
 }

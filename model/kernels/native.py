@@ -21,12 +21,12 @@ from model.kernels.processors import CPU_INFO, Target, features, targets
 from model.kernels.structs import FORWARD_ARGUMENTS, PRODUCT_ARGUMENTS
 
 SOURCES = tuple(
-    Path(__file__).with_name(f"{name}.c") for name in ("forward", "linear", "attention", "glance")
+    Path(__file__).with_name(f"{name}.c") for name in ("forward", "linear", "attention", "glance", "team")
 )
-HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("kernels", "vectors"))
+HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("kernels", "team", "vectors"))
 PREBUILT = Path(__file__).with_name("prebuilt")
 HERE = ("-march=native",)
-FLAGS = ("-O3", "-std=gnu11", "-fopenmp", "-fPIC", "-shared")
+FLAGS = ("-O3", "-std=gnu11", "-pthread", "-fPIC", "-shared")
 BUILD_LIMIT_S = 120
 LANES = 16  # sizes that the kernels take are multiples of this
 

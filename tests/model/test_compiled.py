@@ -266,7 +266,7 @@ def test_a_long_forward_shows_that_it_gets_on() -> None:
         hidden_size=512,
         intermediate_size=2048,
         max_positions=2048,
-        num_layers=8,
+        num_layers=16,
         sliding_windows=(),
     )
     cache = KVCache.allocate(shape, num_blocks=64, block_size=32, dtype=torch.float32)
