@@ -1,10 +1,13 @@
 /* One team of threads for the process, kept between steps.
  *
  * How to wait is the whole question. Within a step the others are done in microseconds; if one is
- * not, something else has its core, and to spin on would only keep that something from the core that
- * we have: so spin shortly, then sleep. Between two steps one thread prepares the next, for some
- * hundred microseconds, and to sleep would cost a wake-up at the start of each: so stay awake, but
- * offer the core all the time to whoever wants it, and sleep as soon as somebody took it.
+ * not, something else has its core, and whoever spins on keeps that something from the core that it
+ * could have instead: so spin shortly, then sleep. Between two steps one thread prepares the next
+ * for some hundred microseconds, and to sleep would cost a wake-up each time: so stay awake, but
+ * offer the core to whoever wants it (the API process has something to do just then). If somebody
+ * kept it, there is a neighbour who computes, and offering costs a slice of his each time; who
+ * sleeps, on the other hand, gets a core at once when it wakes: so sleep early for a while.
+ * Measured in loadtests/NOTES.md, 2026-11-29.
  */
 #define _GNU_SOURCE
 #include "team.h"
@@ -21,10 +24,11 @@
 
 #define CACHE_LINE 128 /* two of 64 bytes: processors fetch them in pairs */
 #define MAX_SIZE 256
-#define SPINS 64          /* looks before the clock is asked, about a microsecond */
-#define WITHIN_NS 50000   /* how long to stay awake within a step */
+#define SPINS 64           /* looks before the clock is asked, about a microsecond */
+#define WITHIN_NS 50000    /* how long to stay awake within a step */
 #define BETWEEN_NS 1000000 /* and between two */
-#define TAKEN_NS 10000    /* an offered core that comes back later was taken */
+#define TAKEN_NS 1000000   /* away for longer than the API would be: a neighbour had the core */
+#define WARY_NS 100000000  /* how long to be prepared for him */
 
 /* A word that changes once for each event, and how many sleep until it does. */
 typedef struct {
@@ -35,6 +39,7 @@ typedef struct {
 static struct {
     pthread_mutex_t lock;
     int64_t asked, size; /* how many were asked for, and could be had */
+    int has_cores;       /* one for each */
     pthread_t threads[MAX_SIZE];
     Work *work; /* NULL: go home */
     const void *task;
@@ -57,25 +62,28 @@ static void relax(void) {
 #endif
 }
 
-/* Whether the word is no longer `old`, soon. */
-static int changes_soon(Event *event, unsigned old, int64_t limit_ns) {
-    int64_t began = 0, before;
-    for (;;) {
+/* Stay awake until the word is no longer `old`; 0 when it takes too long. */
+static int stays_awake(Event *event, unsigned old, int is_between) {
+    static _Thread_local int64_t wary_until = 0;
+    int64_t began = 0, last = 0;
+    while (team.has_cores) {
         for (int i = 0; i < SPINS; i++) {
             if (atomic_load_explicit(&event->count, memory_order_acquire) != old) return 1;
             relax();
         }
-        before = now_ns();
-        if (!began) began = before;
-        if (before - began > limit_ns) return 0;
-        sched_yield();
-        if (now_ns() - before > TAKEN_NS)
-            return atomic_load_explicit(&event->count, memory_order_acquire) != old;
+        const int64_t now = now_ns();
+        if (!began) began = last = now;
+        if (now - last > TAKEN_NS) wary_until = now + WARY_NS;
+        const int offers = is_between && now >= wary_until;
+        if (now - began > (offers ? BETWEEN_NS : WITHIN_NS)) return 0;
+        last = now;
+        if (offers) sched_yield();
     }
+    return 0;
 }
 
-static void wait_for(Event *event, unsigned old, int64_t limit_ns) {
-    if (changes_soon(event, old, limit_ns)) return;
+static void wait_for(Event *event, unsigned old, int is_between) {
+    if (stays_awake(event, old, is_between)) return;
     atomic_fetch_add(&event->sleeping, 1);
     while (atomic_load(&event->count) == old)
         syscall(SYS_futex, &event->count, FUTEX_WAIT_PRIVATE, old, NULL, NULL, 0);
@@ -99,7 +107,7 @@ void meet(const Member *me) {
     }
     const unsigned old = atomic_load(&team.met.count);
     if (atomic_fetch_add(&team.arrived, 1) + 1 < me->size) {
-        wait_for(&team.met, old, WITHIN_NS);
+        wait_for(&team.met, old, 0);
     } else {
         atomic_store_explicit(&team.arrived, 0, memory_order_relaxed);
         atomic_store_explicit(&team.next, 0, memory_order_relaxed);
@@ -110,7 +118,7 @@ void meet(const Member *me) {
 static void *live(void *rank) {
     unsigned calls = 0; /* of a new team */
     for (;; calls++) {
-        wait_for(&team.called, calls, BETWEEN_NS);
+        wait_for(&team.called, calls, 1);
         if (!team.work) return NULL;
         const Member me = {(int64_t)(intptr_t)rank, team.size};
         team.work(&me, team.task);
@@ -134,6 +142,11 @@ static void after_fork(void) {
     atomic_store(&team.arrived, 0);
 }
 
+static int64_t num_cores(void) {
+    cpu_set_t cores;
+    return sched_getaffinity(0, sizeof cores, &cores) ? MAX_SIZE : CPU_COUNT(&cores);
+}
+
 /* Signals are for the threads that were there before. */
 static void gather(int64_t size) {
     static int forks_are_known = 0;
@@ -143,6 +156,7 @@ static void gather(int64_t size) {
     atomic_store(&team.called.count, 0);
     atomic_store(&team.called.sleeping, 0);
     atomic_store(&team.met.sleeping, 0);
+    team.has_cores = size <= num_cores();
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
