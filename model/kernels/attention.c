@@ -285,21 +285,21 @@ static void attend(const Member *me, const Model *m, const Layer *l, const Step 
     }
 }
 
-void attention(const Member *me, const Model *m, const Layer *l, const Step *s) {
+void attention(Member *me, const Model *m, const Layer *l, const Step *s) {
     /* A chunk's queries see keys of the same chunk that another thread may have to write. */
     const int64_t written = s->num_tokens * m->num_kv_heads;
-    const int64_t end = share_of(me, me->rank + 1, written);
-    for (int64_t item = share_of(me, me->rank, written); item < end; item++)
-        write_cache(m, l, s, item / m->num_kv_heads, item % m->num_kv_heads);
-    meet(me);
+    const int64_t share = share_of(me, written);
+    for (int64_t at = take(me, written, share); at < written; at = take(me, written, share))
+        for (int64_t item = at; item < at + share && item < written; item++)
+            write_cache(m, l, s, item / m->num_kv_heads, item % m->num_kv_heads);
+    meet(me, written);
     /* Several in a row for a thread, so that it knows what it will read next; not with prompts,
      * whose items take so long that the threads would wait for the one with the last share. */
     const int64_t items = s->num_jobs * m->num_kv_heads;
     int64_t in_a_row = s->num_jobs == s->num_tokens ? items / (SHARES * me->size) : 1;
     in_a_row = in_a_row < 1 ? 1 : in_a_row > MOST_IN_A_ROW ? MOST_IN_A_ROW : in_a_row;
-    for (int64_t first = take(in_a_row); first < items; first = take(in_a_row)) {
-        const int64_t last = first + in_a_row < items ? first + in_a_row : items;
-        for (int64_t item = first; item < last; item++) attend(me, m, l, s, item, items);
-    }
-    meet(me);
+    for (int64_t at = take(me, items, in_a_row); at < items; at = take(me, items, in_a_row))
+        for (int64_t item = at; item < at + in_a_row && item < items; item++)
+            attend(me, m, l, s, item, items);
+    meet(me, items);
 }

@@ -13,13 +13,12 @@
 
 #define HEARTBEAT_S 0.2 /* calling Python after each layer of a small model would cost too much */
 
-/* Row i of out is the norm of row which[i] of x, or of row i. */
-static void norm_rows(const Member *me, const Model *m, const Norm *norm, const void *x,
-                      const int64_t *which, int64_t rows, void *out) {
+/* Row i of out is the norm of row which[i] of x, or of row i; of rows `first` to `end`. */
+static void norm_some(const Model *m, const Norm *norm, const void *x, const int64_t *which,
+                      int64_t first, int64_t end, void *out) {
     const int64_t size = m->hidden_size;
     const int is_bf16 = (int)m->is_bf16;
-    const int64_t end = share_of(me, me->rank + 1, rows);
-    for (int64_t row = share_of(me, me->rank, rows); row < end; row++) {
+    for (int64_t row = first; row < end; row++) {
         const int64_t from = (which ? which[row] : row) * size, to = row * size;
         vec sum = splat(0), squares = splat(0), mean = splat(0);
         if (norm->bias) {
@@ -37,10 +36,17 @@ static void norm_rows(const Member *me, const Model *m, const Norm *norm, const 
             store(out, to + i, v, is_bf16);
         }
     }
-    meet(me);
 }
 
-static void forward_layer(const Member *me, const Model *m, const Layer *l, const Step *s) {
+static void norm_rows(Member *me, const Model *m, const Norm *norm, const void *x,
+                      const int64_t *which, int64_t rows, void *out) {
+    const int64_t share = share_of(me, rows);
+    for (int64_t first = take(me, rows, share); first < rows; first = take(me, rows, share))
+        norm_some(m, norm, x, which, first, first + share < rows ? first + share : rows, out);
+    meet(me, rows);
+}
+
+static void forward_layer(Member *me, const Model *m, const Layer *l, const Step *s) {
     const int64_t rows = s->num_tokens, is_bf16 = m->is_bf16;
     const Output qkv = {s->qkv, NULL, NO_ACTIVATION, is_bf16};
     const Output hidden = {s->hidden, s->hidden, NO_ACTIVATION, is_bf16};
@@ -65,7 +71,7 @@ typedef struct {
     const Step *step;
 } Task;
 
-static void forward(const Member *me, const void *task) {
+static void forward(Member *me, const void *task) {
     const Model *m = ((const Task *)task)->model;
     const Step *s = ((const Task *)task)->step;
     double last = now_s();

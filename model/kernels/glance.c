@@ -77,9 +77,10 @@ static void likeliest(const Model *m, const Step *s, int64_t row) {
     for (int64_t n = 0; n < w->num_tokens; n++) logprobs[n] -= mass;
 }
 
-void glances(const Member *me, const Model *m, const Step *s) {
+void glances(Member *me, const Model *m, const Step *s) {
     const Watch *w = s->watch;
-    for (int64_t row = take(1); row < w->num_rows; row = take(1)) {
+    const int64_t rows = w->num_rows;
+    for (int64_t row = take(me, rows, 1); row < rows; row = take(me, rows, 1)) {
         float *mean = w->scores + me->rank * SCORE_ROWS * w->stride;
         mean_weights(m, w, row, mean);
         int64_t to = (w->chosen_start[row] + row) * w->num_places;
@@ -91,5 +92,5 @@ void glances(const Member *me, const Model *m, const Step *s) {
         }
         likeliest(m, s, row);
     }
-    meet(me);
+    meet(me, rows);
 }

@@ -100,9 +100,9 @@ typedef struct {
 } Output;
 
 /* Called by every member of the team; each ends when all are done. */
-void linear(const Member *me, const Linear *weights, const void *x, int64_t rows,
+void linear(Member *me, const Linear *weights, const void *x, int64_t rows,
             int64_t x_is_bf16, const Output *output, void *panels);
-void attention(const Member *me, const Model *model, const Layer *layer, const Step *step);
-void glances(const Member *me, const Model *model, const Step *step);
+void attention(Member *me, const Model *model, const Layer *layer, const Step *step);
+void glances(Member *me, const Model *model, const Step *step);
 
 #endif

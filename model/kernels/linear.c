@@ -205,7 +205,7 @@ static void panel(const Linear *l, const void *x, const Output *o, int64_t unit,
     }
 }
 
-void linear(const Member *me, const Linear *l, const void *x, int64_t rows, int64_t x_is_bf16,
+void linear(Member *me, const Linear *l, const void *x, int64_t rows, int64_t x_is_bf16,
             const Output *o, void *panels) {
     const int64_t size = l->in_features, units = (l->out_features + LANES - 1) / LANES;
     const int64_t width = x_is_bf16 ? 2 : 4;
@@ -216,7 +216,7 @@ void linear(const Member *me, const Linear *l, const void *x, int64_t rows, int6
     const int64_t piece = units >= 8 * me->size ? 4 : 2;
     const int64_t pieces = (units + piece - 1) / piece;
     const int64_t items = pieces * ((rows + row_block - 1) / row_block);
-    for (int64_t item = take(1); item < items; item = take(1)) {
+    for (int64_t item = take(me, items, 1); item < items; item = take(me, items, 1)) {
         const int64_t begin = item / pieces * row_block, first = item % pieces * piece;
         const int64_t end = begin + row_block < rows ? begin + row_block : rows;
         const int64_t last = first + piece < units ? first + piece : units;
@@ -246,7 +246,7 @@ void linear(const Member *me, const Linear *l, const void *x, int64_t rows, int6
             unit += count;
         }
     }
-    meet(me);
+    meet(me, items);
 }
 
 typedef struct {
@@ -257,7 +257,7 @@ typedef struct {
     void *panels;
 } Product;
 
-static void product(const Member *me, const void *task) {
+static void product(Member *me, const void *task) {
     const Product *p = task;
     linear(me, p->weights, p->x, p->rows, p->x_is_bf16, p->output, p->panels);
 }

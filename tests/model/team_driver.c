@@ -15,18 +15,18 @@ typedef struct {
     int64_t *numbers, *sums; /* (ITEMS) each */
 } Task;
 
-static void work(const Member *me, const void *data) {
+static void work(Member *me, const void *data) {
     const Task *task = data;
     for (int loop = 0; loop < LOOPS; loop++) {
-        const int64_t count = 1 + loop % 3;
-        for (int64_t first = take(count); first < ITEMS; first = take(count))
-            for (int64_t item = first; item < first + count && item < ITEMS; item++)
-                task->numbers[item]++;
-        meet(me);
-        const int64_t end = share_of(me, me->rank + 1, ITEMS);
-        for (int64_t item = share_of(me, me->rank, ITEMS); item < end; item++)
-            task->sums[item] += task->numbers[ITEMS - 1 - item];
-        meet(me);
+        const int64_t count = 1 + loop % 3, share = share_of(me, ITEMS);
+        for (int64_t i = take(me, ITEMS, count); i < ITEMS; i = take(me, ITEMS, count))
+            for (int64_t item = i; item < i + count && item < ITEMS; item++) task->numbers[item]++;
+        meet(me, ITEMS);
+        for (int64_t i = take(me, ITEMS, share); i < ITEMS; i = take(me, ITEMS, share))
+            for (int64_t item = i; item < i + share && item < ITEMS; item++)
+                task->sums[item] += task->numbers[ITEMS - 1 - item];
+        meet(me, ITEMS);
+        meet(me, 0);
     }
 }
 
