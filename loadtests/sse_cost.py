@@ -92,7 +92,7 @@ class PlayedEngine:
         outputs = [SequenceOutput(i, [token_id], finish_reason=reason) for i in self.entries]
         self.stats = EngineStats(num_running=len(outputs))
         self.outbox.add(outputs)
-        if not (due := self.outbox.due(len(outputs), in_turn=True)):
+        if not (due := self.outbox.due(len(outputs))):
             return
         encoded = encoder.encode(self.outbox.take(due, self.stats))
         message = from_engine_decoder.decode(encoded)

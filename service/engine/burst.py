@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 CLOSE_S = 0.004  # two requests no further apart belong together
-WAIT_MS = 1  # for the next one
+WAIT_MS = 3
 LONGEST_S = 0.03  # of a burst; from then on nothing waits for more of it
 
 

@@ -17,7 +17,6 @@ of that sequence too many, which is thrown away when step 2 is booked.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from model.exchange import ApartError
@@ -122,24 +121,20 @@ class EngineCore:
             return
         self.scheduler.remove(sequence)
 
-    def step(self, meanwhile: Callable[[], None] = lambda: None) -> list[SequenceOutput]:
+    def step(self) -> list[SequenceOutput]:
         """Launch a step over what the scheduler chooses, and book it, or when overlapping the
-        one before it. `meanwhile` is called before that: what it has others do, they do while
-        this thread is at its books."""
+        one before it."""
         self._take_compiled()
         outputs, self._refused = self._refused, []
         if self.overlap and not self._must_read_first():
             flight = self._launch(outputs)
-            meanwhile()
             outputs += self._land(self._flight)
             self._flight = flight
         else:
             if self._flight is not None:
                 outputs += self._land(self._flight)
                 self._flight = None
-            flight = self._launch(outputs)
-            meanwhile()
-            outputs += self._land(flight)
+            outputs += self._land(self._launch(outputs))
         if self.recorder is not None:
             self.recorder.begin([] if self._flight is None else self._flight.sequence_ids)
         return outputs

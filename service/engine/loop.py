@@ -48,9 +48,6 @@ from service.garbage import keep_what_is_there
 if TYPE_CHECKING:
     from service.engine.core import EngineCore
 
-# Tokens of a shorter step may wait for the forward of the next one before they are told.
-SHORT_STEP_S = 0.01
-
 
 def main() -> int:
     """Serve one API process until it says so or goes away."""
@@ -98,27 +95,19 @@ def serve(channel: Channel) -> None:
     core.recorder = Recorder(_folder())
     guests = Guests(core.explain, partial(send, channel), core.recorder)
     outbox = Outbox(config.max_events_s)
-
-    def tell(*, in_turn: bool, is_idle: bool = False) -> None:
-        due = outbox.due(len(core.scheduler.running), in_turn=in_turn)
-        if due or is_idle:
-            send(channel, outbox.take(due, core.stats()))
-
-    def tell_meanwhile() -> None:
-        if core.last_step.step_s < SHORT_STEP_S:
-            tell(in_turn=True)
-
     burst = Burst()
     while handle_messages(channel, core, outbox, guests, burst):
         heartbeat.step_begins()
         stepped = core.has_work
         if stepped:
-            outbox.add(core.step(tell_meanwhile), core.step_record())
+            outbox.add(core.step(), core.step_record())
         elif idle is not None and not guests.has_work and (measured := idle.look()) is not None:
             send(channel, measured)
         if not core.has_work:
             core.scheduler.pool.check()
-        tell(in_turn=core.last_step.step_s >= SHORT_STEP_S, is_idle=not core.has_work)
+        due = outbox.due(len(core.scheduler.running))
+        if due or not core.has_work:
+            send(channel, outbox.take(due, core.stats()))
         if stepped:
             guests.after_step(is_last=not core.has_work)
         elif guests.has_work:

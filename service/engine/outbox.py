@@ -1,25 +1,19 @@
 """When the engine tells the API what came out.
 
-On a CPU each event takes a core from the engine, whose other threads then wait for that one. With
-many sequences running, the tokens of a few steps share an event. What somebody waits for does not
-wait, nor does it take the others along: a first token, an end.
-
-The events of a pause are not told at once but in turn, a few with each step: in short steps when
-the tokens are drawn and not yet booked. From there to the next forward the engine computes on one
-core only, and what the API does with a few events fits into that.
+On a CPU each message takes a core from the engine: the API wakes up, and writes to as many clients
+as there are events in it. With many sequences running, the tokens of a few steps share an event.
+What somebody waits for does not wait, nor does it take the others along: a first token, an end.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from itertools import islice
 from typing import TypeVar
 
 from service.engine.messages import EngineStats, SequenceOutput, StepOutput, StepRecord
 
 _SHORTEST_PAUSE_S = 0.004  # a shorter one costs more than it saves
-_FEWEST_EVENTS = 5  # of a message: each wakes the API up
 _LONGEST_PAUSE_S = 0.05  # more than that a reader would see
 
 Part = TypeVar("Part")
@@ -32,10 +26,9 @@ class Outbox:
         """`max_events_s`: events a second of all sequences together, from which on they wait."""
         self._max_events_s = max_events_s
         self._clock = clock
-        self._waiting: dict[int, SequenceOutput] = {}  # the oldest first
+        self._waiting: dict[int, SequenceOutput] = {}
         self._known: set[int] = set()  # sequences whose first output was sent
-        self._looked_at = clock()
-        self._allowed = 0.0  # events that may be told, and were not
+        self._told_at = clock()  # of all that waited
         self._urgent: set[int] = set()
         self._records: list[StepRecord] = []
 
@@ -62,25 +55,15 @@ class Outbox:
         self._known.discard(sequence_id)
         self._urgent.discard(sequence_id)
 
-    def due(self, num_running: int, *, in_turn: bool) -> list[int]:
-        """The sequences to tell of now, while `num_running` run: those for whose output somebody
-        waits, and all where they are few. `in_turn`: also those that have waited longest, so many
-        that each has its turn once in a pause, unless they are too few to be worth a message."""
+    def due(self, num_running: int) -> list[int]:
+        """The sequences to tell of now, while `num_running` run: at the end of a pause all of
+        them, before it those for whose output somebody waits."""
         pause_s = min(num_running / self._max_events_s, _LONGEST_PAUSE_S)
-        if pause_s <= _SHORTEST_PAUSE_S:
-            return list(self._waiting)
-        due = list(self._urgent)
-        if not in_turn:
-            return due
         now_s = self._clock()
-        since_s, self._looked_at = now_s - self._looked_at, now_s
-        self._allowed = min(self._allowed + num_running * since_s / pause_s, num_running)
-        if self._allowed >= min(_FEWEST_EVENTS, num_running):
-            patient = (one for one in self._waiting if one not in self._urgent)
-            patient_due = list(islice(patient, int(self._allowed)))
-            self._allowed -= len(patient_due)
-            due += patient_due
-        return due
+        if pause_s > _SHORTEST_PAUSE_S and now_s - self._told_at < pause_s:
+            return list(self._urgent)
+        self._told_at = now_s
+        return list(self._waiting)
 
     def take(self, sequence_ids: list[int], stats: EngineStats) -> StepOutput:
         """What there is of these, to be sent now, and every step's record."""

@@ -22,7 +22,7 @@ def token(id_: int, token_id: int, finish_reason: str | None = None) -> Sequence
 
 
 def taken(box: Outbox, num_running: int) -> list[SequenceOutput]:
-    return box.take(box.due(num_running, in_turn=True), EngineStats()).outputs
+    return box.take(box.due(num_running), EngineStats()).outputs
 
 
 def outbox(clock: Clock, max_events_s: float = 640.0) -> Outbox:
@@ -32,38 +32,36 @@ def outbox(clock: Clock, max_events_s: float = 640.0) -> Outbox:
     return box
 
 
-def test_with_many_sequences_tokens_share_an_event_and_sequences_take_turns() -> None:
+def test_with_many_sequences_the_tokens_of_a_pause_share_an_event() -> None:
     clock = Clock()
     box = outbox(clock)
-    given_at: dict[int, float] = {}
     told: dict[int, list[int]] = {}
-    records = 0
+    told_at, records = clock.now_s, 0
     for step in range(1, 101):
         clock.now_s += 0.006
-        given_at[step] = clock.now_s
         record = StepRecord(num_sequences=32, num_decodes=32, num_tokens=32, step_s=0.006)
         box.add([token(id_, step) for id_ in range(32)], record)
-        due = box.due(32, in_turn=True)
-        assert len(due) in (0, *range(5, 9)), "640 events a second in steps of 6 ms, in fives"
-        assert not box.due(32, in_turn=False)
+        due = box.due(32)
+        if not due:
+            continue
+        assert len(due) == 32
+        assert 0.05 <= clock.now_s - told_at < 0.057, "640 events a second, in steps of 6 ms"
+        told_at = clock.now_s
         message = box.take(due, EngineStats(steps=step))
         records += len(message.steps)
         assert message.stats.steps == step
         for one in message.outputs:
-            assert clock.now_s - given_at[one.token_ids[0]] < 0.057
-            assert 7 <= len(one.token_ids) <= 10 or one.id not in told
             told.setdefault(one.id, []).extend(one.token_ids)
-    assert records == 100
-    assert len(told) == 32, "somebody never had a turn"
-    assert all(tokens == list(range(1, len(tokens) + 1)) for tokens in told.values())
-    assert box.take([], EngineStats()) == StepOutput([], EngineStats())
+    assert records == len(told[0]) > 90
+    assert all(tokens == list(range(1, records + 1)) for tokens in told.values())
+    assert box.take([], EngineStats()).outputs == []
 
 
 def test_with_few_sequences_each_step_is_told() -> None:
     clock = Clock()
     box = outbox(clock)
     box.add([token(0, 1), token(1, 1)])
-    assert box.due(2, in_turn=True) == [0, 1]
+    assert box.due(2) == [0, 1]
 
 
 def test_a_reader_never_waits_longer_than_he_would_see() -> None:
@@ -71,20 +69,20 @@ def test_a_reader_never_waits_longer_than_he_would_see() -> None:
     box = outbox(clock, max_events_s=1)
     box.add([token(0, 1)])
     clock.now_s += 0.0501
-    assert box.due(1000, in_turn=True)
+    assert box.due(1000)
 
 
 def test_a_first_token_and_an_end_do_not_wait() -> None:
     clock = Clock()
     box = outbox(clock)
     box.add([token(3, 1)])
-    assert not box.due(32, in_turn=True)
+    assert not box.due(32)
     box.add([token(99, 7)])
     assert [(one.id, one.token_ids) for one in taken(box, 32)] == [(99, [7])], "3 can wait"
     box.add([token(3, 2, "stop")])
     [ended] = taken(box, 32)
     assert (ended.id, ended.token_ids, ended.finish_reason) == (3, [1, 2], "stop")
-    assert not box.due(32, in_turn=True)
+    assert not box.due(32)
 
 
 def test_the_parts_of_an_output_are_kept() -> None:
