@@ -16,7 +16,7 @@
 # Pin it by digest where builds must repeat: --build-arg BASE=debian@sha256:...
 ARG BASE=debian:bookworm-slim
 
-# What both images stand on. libgomp1: the compiled kernels' threads.
+# What both images stand on. libgomp1: for torch's own loops, where a wheel does not bring it.
 FROM ${BASE} AS base
 # hadolint ignore=DL3008
 RUN apt-get update \

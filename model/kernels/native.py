@@ -21,7 +21,8 @@ from model.kernels.processors import CPU_INFO, Target, features, targets
 from model.kernels.structs import FORWARD_ARGUMENTS, PRODUCT_ARGUMENTS
 
 SOURCES = tuple(
-    Path(__file__).with_name(f"{name}.c") for name in ("forward", "linear", "attention", "glance", "team")
+    Path(__file__).with_name(f"{name}.c")
+    for name in ("forward", "linear", "attention", "glance", "team")
 )
 HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("kernels", "team", "vectors"))
 PREBUILT = Path(__file__).with_name("prebuilt")

@@ -9,7 +9,6 @@ from service.engine.explain_messages import Sight
 from service.engine.messages import (
     EngineStats,
     SequenceOutput,
-    StepOutput,
     StepRecord,
     TokenLogprob,
 )
