@@ -1,8 +1,8 @@
 """Requests that come together begin together.
 
-The API takes half a millisecond to admit a request. Of many that came at once the engine would run
-the first alone, then the next few, in steps of hardly less time than one for all, and on the cores
-that the API needs to admit the others. So a step waits a moment for the next of a burst.
+The API takes a third of a millisecond to admit a request. Of many that came at once the engine
+would run the first alone, then the next few, in steps of hardly less time than one for all, and on
+the cores that the API needs to admit the others. So a step waits a moment for the next of a burst.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 CLOSE_S = 0.004  # two requests no further apart belong together
-WAIT_MS = 3
+WAIT_MS = 3  # for the next one
 LONGEST_S = 0.03  # of a burst; from then on nothing waits for more of it
 
 
