@@ -49,20 +49,39 @@ def product(threads: int, weights: PackedLinear | None = None) -> torch.Tensor:
         torch.set_num_threads(usual)
 
 
-@pytest.mark.parametrize("flags", [["-O2"], ["-O1", "-fsanitize=thread"]])
-@pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc has the sanitizer")
-def test_what_one_writes_before_a_meeting_all_see_after_it(
-    flags: list[str], tmp_path: Path
-) -> None:
-    program = tmp_path / "driver"
+def built(folder: Path, *command: str) -> Path:
+    """The driver, by this compiler with these flags."""
+    program = folder / "driver"
     sources = [str(DRIVER), str(KERNELS / "team.c")]
-    command = ["gcc", "-std=gnu11", "-pthread", *flags, f"-I{KERNELS}", *sources, "-o", program]
-    subprocess.run(command, check=True)
+    flags = ["-std=gnu11", "-pthread", f"-I{KERNELS}"]
+    subprocess.run([*command, *flags, *sources, "-o", program], check=True)
+    return program
+
+
+def run(program: Path, *words: str) -> None:
+    done = subprocess.run(
+        [program, *words], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
+
+
+def test_what_one_writes_before_a_meeting_all_see_after_it(tmp_path: Path) -> None:
+    program = built(tmp_path, "cc", "-O2")
     for size in (1, 2, 3, 5):
-        done = subprocess.run(
-            [program, str(size), "500"], capture_output=True, text=True, timeout=60, check=False
-        )
-        assert done.returncode == 0, f"{size} threads: {done.stdout}{done.stderr}"
+        run(program, str(size), "500")
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="the sanitizer is gcc's")
+def test_nothing_is_read_before_it_is_safely_there(tmp_path: Path) -> None:
+    """As above, which runs everywhere, under ThreadSanitizer."""
+    program = built(tmp_path, "gcc", "-O1", "-fsanitize=thread")
+    for size in (2, 3, 5):
+        run(program, str(size), "500")
+    run(program, "absent")
+
+
+def test_who_has_no_core_is_not_waited_for(tmp_path: Path) -> None:
+    run(built(tmp_path, "cc", "-O2"), "absent")
 
 
 def test_any_number_of_threads_and_any_change_of_it() -> None:
