@@ -4,11 +4,13 @@
     python -m loadtests.engine gaps --shape smollm-135m --dtype bfloat16
     python -m loadtests.engine sweep --shape smollm-135m --dtype bfloat16 --out DIR
     python -m loadtests.engine company --forward torch
+    python -m loadtests.engine neighbours --shape stories15m --dtype float32 --batch 1
 
 prefix: time to first token of requests that share the beginning of their prompt, with the cache
 and without. gaps: the gaps between tokens of running streams while a long prompt arrives. sweep:
 throughput against concurrency and context, beside the roofline; a table, JSON and a picture.
 company: how often a greedy text of the bundled model depends on what else is in the batch.
+neighbours: how long decode steps take beside other processes that compute without end.
 """
 
 from __future__ import annotations
@@ -17,9 +19,13 @@ import argparse
 import json
 import os
 import random
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 from model.threads import set_wait_policy
 
@@ -229,6 +235,45 @@ def _draw(rows: list[dict[str, float]], title: str, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def neighbours(given: argparse.Namespace) -> None:
+    prompt_len, most = 64, 2
+    core = engine(given, prompt_len + given.steps + 1, given.batch)
+    vocab_size, rng = core.runner.config.vocab_size, random.Random(given.seed)
+    times: dict[int, list[float]] = {}
+    for number in range(given.rounds):
+        for count in range(most + 1):
+            for id_ in range(given.batch):
+                submit(core, id_, ids(rng, vocab_size, prompt_len), given.steps + 1)
+            while any(sequence.num_output < 1 for sequence in core.sequences.values()):
+                core.step()
+            with _computing(count):
+                steps = []
+                while core.has_work:
+                    steps.append(_step_s(core))
+            times.setdefault(count, []).append(mean(steps))
+        print(f"round {number + 1}: {_list_ms(times, number)} ms a step, mean", flush=True)
+    for count in range(1, most + 1):
+        ratios = [beside / quiet for beside, quiet in zip(times[count], times[0], strict=True)]
+        print(f"beside {count}: {median(ratios):.2f} times as long, median of the rounds")
+
+
+def _list_ms(times: dict[int, list[float]], number: int) -> str:
+    return ", ".join(f"beside {count} {1e3 * one[number]:.2f}" for count, one in times.items())
+
+
+@contextmanager
+def _computing(count: int) -> Iterator[None]:
+    """So many other processes compute meanwhile."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        time.sleep(0.2)
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
 def company(given: argparse.Namespace) -> None:
     directory = resolve_model(None, None)
     tokenizer = Tokenizer.from_directory(directory)
@@ -286,7 +331,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     names = parser.add_subparsers(dest="name", required=True)
-    for run in (prefix, gaps, sweep, company):
+    for run in (prefix, gaps, sweep, company, neighbours):
         one = names.add_parser(run.__name__)
         one.set_defaults(run=run)
         if run is not company:
@@ -302,6 +347,8 @@ def main() -> None:
     names.choices["gaps"].add_argument("--prompt-len", type=int, default=2000)
     names.choices["sweep"].add_argument("--steps", type=int, default=20)
     names.choices["sweep"].add_argument("--out", type=Path)
+    names.choices["neighbours"].add_argument("--batch", type=int, default=1)
+    names.choices["neighbours"].add_argument("--steps", type=int, default=180)
     names.choices["company"].add_argument(
         "--forward", choices=("served", "torch"), default="served"
     )
