@@ -23,7 +23,14 @@ def test_a_story_streams(server: Server) -> None:
     assert kinds[0] == "start"
     assert kinds[-1] == "done"
     assert set(kinds[1:-1]) == {"token"}
-    assert len(kinds) > 20, "tokens came in a few lumps instead of one by one"
+    # Whoever else computes on this machine can only join events, never part them, so one story
+    # that comes token by token is enough; a server that collects them never tells one so.
+    give_up_at = time.monotonic() + 30
+    while len(kinds) <= 20:
+        assert time.monotonic() < give_up_at, "tokens came in a few lumps instead of one by one"
+        time.sleep(0.1)
+        events = list(server.events(STORY))
+        kinds = [kind for kind, _ in events]
     done = events[-1][1]
     assert "".join(str(data["text"]) for kind, data in events if kind == "token") == done["text"]
     assert done["finish_reason"] == "length"
