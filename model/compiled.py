@@ -17,6 +17,7 @@ from itertools import accumulate
 import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from model.batch import ForwardBatch, Watch
@@ -29,6 +30,8 @@ from model.kv_cache import KVCache
 from model.layers import GeluMLP, LayerNorm, RMSNorm, SwiGLUMLP
 from model.linear import Linear
 from model.transformer import Block, Transformer
+
+Int64Array = NDArray[np.int64]
 
 MAX_HEAD_DIM = 256
 MAX_BLOCK_SIZE = 128
@@ -123,6 +126,8 @@ class CompiledForward:
         threads = torch.get_num_threads()
         hidden = model.embed(batch.input_ids, batch.positions)
         jobs = _jobs(batch)
+        # What watches a sequence wants its attention in every layer.
+        last_jobs = jobs if batch.watch is not None else _last_jobs(jobs, batch)
         tables = batch.block_tables.contiguous()
 
         def scratch(name: str, width: int) -> int:
@@ -133,10 +138,12 @@ class CompiledForward:
             num_tokens=rows,
             max_blocks=tables.shape[1],
             num_jobs=jobs.shape[0],
+            num_last_jobs=last_jobs.shape[0],
             num_logits=num_logits,
             positions=batch.positions.data_ptr(),
             slots=batch.slot_mapping.data_ptr(),
-            jobs=jobs.data_ptr(),
+            jobs=jobs.ctypes.data,
+            last_jobs=last_jobs.ctypes.data,
             query_start=batch.query_start.data_ptr(),
             context_lens=batch.context_lens.data_ptr(),
             tables=tables.data_ptr(),
@@ -256,7 +263,7 @@ class _Watched:
         )
 
 
-def _jobs(batch: ForwardBatch) -> Tensor:
+def _jobs(batch: ForwardBatch) -> Int64Array:
     """(num_jobs, 3): sequence, first row, number of queries; a thread takes one at a time."""
     starts = batch.query_start_host
     jobs = [
@@ -265,4 +272,16 @@ def _jobs(batch: ForwardBatch) -> Tensor:
         for row in range(starts[seq], starts[seq + 1], JOB_QUERIES)
         for number in (seq, row, min(JOB_QUERIES, starts[seq + 1] - row))
     ]
-    return torch.from_numpy(np.array(jobs, np.int64)).view(-1, 3)  # torch.tensor takes longer
+    return np.array(jobs, np.int64).reshape(-1, 3)
+
+
+def _last_jobs(jobs: Int64Array, batch: ForwardBatch) -> Int64Array:
+    """Of each job the part from the first query whose logits are wanted to the last such."""
+    if batch.logits_rows.shape[0] >= batch.num_tokens:
+        return jobs
+    wanted = np.sort(batch.logits_rows.numpy())
+    begin = np.searchsorted(wanted, jobs[:, 1])
+    end = np.searchsorted(wanted, jobs[:, 1] + jobs[:, 2])
+    some = begin < end
+    first, last = wanted[begin[some]], wanted[end[some] - 1]
+    return np.stack([jobs[some, 0], first, last - first + 1], axis=1)

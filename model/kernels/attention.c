@@ -233,8 +233,9 @@ static void add_weights(const Model *m, const Layer *l, const Watch *w, int64_t 
 
 /* An item is the queries of a job, item / num_kv_heads, that use one KV head, item % num_kv_heads.
  * Where the block lies that it reads first: */
-static int64_t first_page(const Model *m, const Layer *l, const Step *s, int64_t item) {
-    const int64_t *job = s->jobs + item / m->num_kv_heads * 3, seq = job[0];
+static int64_t first_page(const Model *m, const Layer *l, const Step *s, const int64_t *jobs,
+                          int64_t item) {
+    const int64_t *job = jobs + item / m->num_kv_heads * 3, seq = job[0];
     const int64_t limit = s->context_lens[seq] - s->query_start[seq + 1] + job[1] + 1;
     const int64_t first = l->window && limit > l->window ? limit - l->window : 0;
     const int64_t block = s->tables[seq * s->max_blocks + first / m->block_size];
@@ -242,9 +243,9 @@ static int64_t first_page(const Model *m, const Layer *l, const Step *s, int64_t
 }
 
 /* One of `items`. */
-static void attend(const Member *me, const Model *m, const Layer *l, const Step *s, int64_t item,
-                   int64_t items) {
-    const int64_t *job = s->jobs + item / m->num_kv_heads * 3, head = item % m->num_kv_heads;
+static void attend(const Member *me, const Model *m, const Layer *l, const Step *s,
+                   const int64_t *jobs, int64_t item, int64_t items) {
+    const int64_t *job = jobs + item / m->num_kv_heads * 3, head = item % m->num_kv_heads;
     const int64_t d = m->head_dim, group = m->num_heads / m->num_kv_heads, seq = job[0];
     const int64_t num_rows = job[2] * group;
     const int64_t *table = s->tables + seq * s->max_blocks;
@@ -271,7 +272,7 @@ static void attend(const Member *me, const Model *m, const Layer *l, const Step 
         }
         Kept *keep = watched >= 0 ? kept : NULL;
         const int64_t next = row + count < num_rows || item + 1 == items ? item : item + 1;
-        const int64_t after = first_page(m, l, s, next);
+        const int64_t after = first_page(m, l, s, jobs, next);
         Attend *const rows = row + count < num_rows ? attend_four : attend_rest[count - 1];
         rows(m, head, l->keys, l->values, table, q, first, limit, after, keep, mixed);
         for (int r = 0; r < count; r++)
@@ -285,7 +286,8 @@ static void attend(const Member *me, const Model *m, const Layer *l, const Step 
     }
 }
 
-void attention(Member *me, const Model *m, const Layer *l, const Step *s) {
+void attention(Member *me, const Model *m, const Layer *l, const Step *s, const int64_t *jobs,
+               int64_t num_jobs) {
     /* A chunk's queries see keys of the same chunk that another thread may have to write. */
     const int64_t written = s->num_tokens * m->num_kv_heads;
     const int64_t share = share_of(me, written);
@@ -295,11 +297,11 @@ void attention(Member *me, const Model *m, const Layer *l, const Step *s) {
     meet(me, written);
     /* Several in a row for a thread, so that it knows what it will read next; not with prompts,
      * whose items take so long that the threads would wait for the one with the last share. */
-    const int64_t items = s->num_jobs * m->num_kv_heads;
-    int64_t in_a_row = s->num_jobs == s->num_tokens ? items / (SHARES * me->size) : 1;
+    const int64_t items = num_jobs * m->num_kv_heads;
+    int64_t in_a_row = num_jobs == s->num_tokens ? items / (SHARES * me->size) : 1;
     in_a_row = in_a_row < 1 ? 1 : in_a_row > MOST_IN_A_ROW ? MOST_IN_A_ROW : in_a_row;
     for (int64_t at = take(me, items, in_a_row); at < items; at = take(me, items, in_a_row))
         for (int64_t item = at; item < at + in_a_row && item < items; item++)
-            attend(me, m, l, s, item, items);
+            attend(me, m, l, s, jobs, item, items);
     meet(me, items);
 }

@@ -77,9 +77,10 @@ typedef struct {
 } Watch;
 
 typedef struct {
-    int64_t num_threads, num_tokens, max_blocks, num_jobs, num_logits;
+    int64_t num_threads, num_tokens, max_blocks, num_jobs, num_last_jobs, num_logits;
     const int64_t *positions, *slots;   /* (num_tokens) */
     const int64_t *jobs;                /* (num_jobs, 3): sequence, first row, queries */
+    const int64_t *last_jobs;           /* likewise, of the last layer: queries that count */
     const int64_t *query_start;         /* (num_seqs + 1) */
     const int64_t *context_lens;        /* (num_seqs) */
     const int64_t *tables;              /* (num_seqs, max_blocks) */
@@ -102,7 +103,8 @@ typedef struct {
 /* Called by every member of the team; each ends when all are done. */
 void linear(Member *me, const Linear *weights, const void *x, int64_t rows,
             int64_t x_is_bf16, const Output *output, void *panels);
-void attention(Member *me, const Model *model, const Layer *layer, const Step *step);
+void attention(Member *me, const Model *model, const Layer *layer, const Step *step,
+               const int64_t *jobs, int64_t num_jobs);
 void glances(Member *me, const Model *model, const Step *step);
 
 #endif

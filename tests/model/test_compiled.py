@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 import time
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model.backends.cpu import CpuBackend
-from model.batch import single_sequence
+from model.batch import ForwardBatch, single_sequence
 from model.compiled import CompiledForward
 from model.config import ModelConfig
 from model.cpu import PADDINGS, RowPadding, choose_padding
@@ -135,6 +136,55 @@ def test_equals_its_twin_and_cuts_change_no_bit(
     cuts = sorted(data.draw(st.sets(st.integers(1, num_tokens - 1)))) if num_tokens > 1 else []
     again = feed(CompiledForward(model, cache()), ids, table, block_size, cuts)
     assert torch.equal(again, whole)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 70), min_size=1, max_size=4),
+    cached=st.integers(0, 40),
+    window=st.sampled_from([None, 20]),
+    dtype=st.sampled_from(DTYPES),
+    data=st.data(),
+)
+@settings(max_examples=60, deadline=None)
+@torch.inference_mode()
+def test_rows_that_nobody_wants_are_left_out_and_change_no_bit(
+    lengths: list[int], cached: int, window: int | None, dtype: torch.dtype, data: st.DataObject
+) -> None:
+    """Behind the last layer's attention only the wanted rows go on: of some sequences none, of
+    others a few, in any order. Keys and values are everybody's."""
+    shape = config(window=window)
+    model = random_model(shape).to(dtype)
+    starts = [0, *accumulate(lengths)]
+    contexts = [cached + length for length in lengths]
+    width = -(-max(contexts) // 16)
+    tables = torch.arange(len(lengths) * width).view(-1, width)
+    positions = torch.cat([torch.arange(cached, context) for context in contexts])
+    seqs = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    generator = torch.Generator().manual_seed(len(positions))
+    every_row = ForwardBatch(
+        input_ids=torch.randint(shape.vocab_size, (starts[-1],), generator=generator),
+        positions=positions,
+        query_start=torch.tensor(starts),
+        context_lens=torch.tensor(contexts),
+        block_tables=tables,
+        slot_mapping=tables[seqs, positions // 16] * 16 + positions % 16,
+        logits_rows=torch.arange(starts[-1]),
+        query_start_host=tuple(starts),
+        context_lens_host=tuple(contexts),
+    )
+    wanted = data.draw(st.lists(st.integers(0, starts[-1] - 1), unique=True))
+    some_rows = dataclasses.replace(every_row, logits_rows=torch.tensor(wanted, dtype=torch.int64))
+
+    def run(batch: ForwardBatch) -> tuple[Tensor, KVCache]:
+        cache = KVCache.allocate(shape, num_blocks=tables.numel(), block_size=16, dtype=dtype)
+        for half in (cache.keys, cache.values):  # what stands before this step's tokens
+            half.normal_(generator=torch.Generator().manual_seed(7))
+        return CompiledForward(copy.deepcopy(model), cache)(batch).clone(), cache
+
+    (every_logit, every_cache), (some_logits, some_cache) = run(every_row), run(some_rows)
+    assert torch.equal(some_logits, every_logit[wanted])
+    assert torch.equal(some_cache.keys, every_cache.keys)
+    assert torch.equal(some_cache.values, every_cache.values)
 
 
 @torch.inference_mode()
