@@ -242,6 +242,19 @@ static int64_t first_page(const Model *m, const Layer *l, const Step *s, const i
     return (block * m->num_kv_heads + item % m->num_kv_heads) * m->head_dim * m->block_size;
 }
 
+/* Of the queries of KV head `head` from batch row `token` on, those from `row` on, which this thread
+ * takes next: fetched from where other threads left them while it computes. */
+static void fetch_queries(const Model *m, const Step *s, int64_t token, int64_t head, int64_t row,
+                          int64_t end) {
+    const int64_t bytes = m->head_dim * (m->is_bf16 ? 2 : 4);
+    const int64_t heads = m->num_heads + 2 * m->num_kv_heads, group = m->num_heads / m->num_kv_heads;
+    for (; row < end; row++) {
+        const int64_t query = (token + row / group) * heads + head * group + row % group;
+        for (int64_t i = 0; i < bytes; i += LINE)
+            __builtin_prefetch((const char *)s->qkv + query * bytes + i, 0, 2);
+    }
+}
+
 /* One of `items`. */
 static void attend(const Member *me, const Model *m, const Layer *l, const Step *s,
                    const int64_t *jobs, int64_t item, int64_t items) {
@@ -270,6 +283,8 @@ static void attend(const Member *me, const Model *m, const Layer *l, const Step 
             if (watched >= 0 && token + 1 == s->query_start[seq + 1])
                 kept[r].scores = w->scores + (me->rank * ROWS_MAX + r) * w->stride;
         }
+        const int64_t later = row + count + ROWS_MAX;
+        fetch_queries(m, s, job[1], head, row + count, later < num_rows ? later : num_rows);
         Kept *keep = watched >= 0 ? kept : NULL;
         const int64_t next = row + count < num_rows || item + 1 == items ? item : item + 1;
         const int64_t after = first_page(m, l, s, jobs, next);

@@ -22,7 +22,6 @@
 #endif
 #define ROW_BLOCK_BYTES (512 * 1024) /* of x: stays in a core's cache while panels pass */
 #define STRETCH 32 /* inputs between two looks ahead */
-#define LINE 64    /* bytes */
 
 /* Weights that this thread is likely to want next, fetched from memory while it multiplies what is
  * in its cache: `lines` of them in each stretch of inputs. */
@@ -179,6 +178,17 @@ static void dequantise(const int8_t *w, int64_t count, uint16_t *out) {
 #endif
 }
 
+/* What will be added to a tile, fetched from where other threads left it while the tile is
+ * multiplied. */
+static void fetch_residual(const Linear *l, const Output *o, int64_t row, int64_t rows,
+                           int64_t unit, int64_t units) {
+    const int64_t width = o->is_bf16 ? 2 : 4;
+    for (int64_t r = row; r < row + rows; r++) {
+        const char *at = (const char *)o->residual + (r * l->out_features + unit * LANES) * width;
+        for (int64_t i = 0; i < units * LANES * width; i += LINE) __builtin_prefetch(at + i, 1, 2);
+    }
+}
+
 /* `units` units from `unit` on, for rows [begin, end); w and kind are those of their weights. The
  * first tile waits for them; the others find them in the cache, and fetch what comes next. */
 static void panel(const Linear *l, const void *x, const Output *o, int64_t unit, int64_t units,
@@ -192,6 +202,7 @@ static void panel(const Linear *l, const void *x, const Output *o, int64_t unit,
         const int64_t rows = (end - row + tiles - 1) / tiles; /* 8 rows are 4 and 4, not 6 and 2 */
         vec sums[TILE_ROWS][TILE_UNITS];
         ahead.lines = row > begin ? lines : 0;
+        if (o->residual) fetch_residual(l, o, row, rows, unit, units);
         run_tile(rows, units, kind, (const char *)x + row * size * width, size, w, size, &ahead,
                  sums);
         for (int64_t r = 0; r < rows; r++) {

@@ -13,6 +13,7 @@
 #endif
 
 #define LANES 16
+#define LINE 64 /* bytes of a line of the cache */
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(64), aligned(4)));
@@ -65,10 +66,14 @@ INLINE void store(void *base, int64_t at, vec v, int is_bf16) {
         memcpy((float *)base + at, &v, sizeof v);
         return;
     }
+#if defined(__AVX512BF16__) /* the same but for numbers below 2^-126, which it makes zero */
+    const hvec h = (hvec)_mm512_cvtneps_pbh((__m512)v);
+#else
     uvec bits = (uvec)v;
     uvec is_nan = (uvec)((bits & 0x7fffffffu) > 0x7f800000u);
     uvec rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
-    hvec h = narrow((rounded & ~is_nan) | (((bits >> 16) | 0x40) & is_nan));
+    const hvec h = narrow((rounded & ~is_nan) | (((bits >> 16) | 0x40) & is_nan));
+#endif
     memcpy((uint16_t *)base + at, &h, sizeof h);
 }
 

@@ -104,13 +104,15 @@ def masked_logits(model: Transformer, ids: list[int], edges: frozenset[tuple[int
 @every_shape
 @torch.inference_mode()
 def test_equals_the_reference_backend(shape: ModelConfig) -> None:
-    model, ids = random_model(shape), text(75)
+    """In float32 both, and torch sums in another order on another processor: with weights twice as
+    large the rounding of one layer grows in the next to more than 1e-6."""
+    model, ids = calm_model(shape), text(75)
     weights: list[Tensor] = []
     cache = cache_for(shape, len(ids), torch.float32)
     logits = served_logits(EagerForward(model, ReferenceBackend(shape, cache, weights)), ids)
     ours = recorded(model, ids)
     assert (ours.attention - torch.stack(weights)).abs().max() <= 1e-6
-    assert (ours.logits - logits).abs().max() <= 1e-4
+    assert (ours.logits - logits).abs().max() <= 1e-5
     assert (ours.attention.sum(-1) - 1).abs().max() <= 1e-5
 
 
