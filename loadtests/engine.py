@@ -58,6 +58,7 @@ from service.engine.start import DTYPES, assemble
 from service.engine.traffic import traffic_of
 
 CPU = torch.device("cpu")
+ANSWER = 60  # tokens in the sweep: the first sequence still runs when the last one is measured
 
 
 def engine(
@@ -164,14 +165,16 @@ def _step_s(core: EngineCore) -> float:
 def sweep(given: argparse.Namespace) -> None:
     shape, dtype = read_config(PUBLISHED[given.shape]), DTYPES[given.dtype]
     points = [(n, 128) for n in (1, 2, 4, 8, 16, 32, 64)]
-    points += [(8, context) for context in (256, 512, 1024, 2048) if context < shape.max_positions]
+    points += [(8, context) for context in (256, 512, 1024, 2048) if context <= shape.max_positions]
     traffic = traffic_of(shape, dtype, int8=given.dtype == "int8")
     # Prompts in whole steps: in small chunks the first sequences are done before the last begin.
-    core = engine(given, max(c for _, c in points) + 64, 64, max_step_ratio=0.0)
+    longest = min(max(c for _, c in points) + ANSWER, shape.max_positions)
+    core = engine(given, longest, 64, max_step_ratio=0.0)
     rng, rows = random.Random(given.seed), []
     for num_seqs, context in track(points, console=Console(stderr=True)):
+        prompt_len = min(context, longest - ANSWER)
         for id_ in range(num_seqs):
-            submit(core, id_, ids(rng, shape.vocab_size, context), 60)
+            submit(core, id_, ids(rng, shape.vocab_size, prompt_len), ANSWER)
         while any(one.num_output < 2 for one in core.sequences.values()):
             core.step()
         step_s = median(_step_s(core) for _ in range(given.steps))
@@ -181,11 +184,11 @@ def sweep(given: argparse.Namespace) -> None:
             core.abort(id_)
         # Each time: the memory of a shared machine is not the same from one minute to the next.
         roofline = measure_roofline(CPU, dtype)
-        least_s = roofline.least_s(*traffic.decode([context + 20] * num_seqs))
+        least_s = roofline.least_s(*traffic.decode([prompt_len + 20] * num_seqs))
         rows.append(
             {
                 "sequences": num_seqs,
-                "context": context,
+                "context": prompt_len,
                 "tokens_per_s": num_seqs / step_s,
                 "roof_tokens_per_s": num_seqs / least_s,
                 "read_bytes_per_s": roofline.read_bytes_per_s,

@@ -126,8 +126,7 @@ class CompiledForward:
         threads = torch.get_num_threads()
         hidden = model.embed(batch.input_ids, batch.positions)
         jobs = _jobs(batch)
-        # What watches a sequence wants its attention in every layer.
-        last_jobs = jobs if batch.watch is not None else _last_jobs(jobs, batch)
+        last_jobs = _last_jobs(jobs, batch)
         tables = batch.block_tables.contiguous()
 
         def scratch(name: str, width: int) -> int:
@@ -276,10 +275,13 @@ def _jobs(batch: ForwardBatch) -> Int64Array:
 
 
 def _last_jobs(jobs: Int64Array, batch: ForwardBatch) -> Int64Array:
-    """Of each job the part from the first query whose logits are wanted to the last such."""
+    """Of each job the part from the first to the last query whose logits are wanted, or who is
+    watched."""
     if batch.logits_rows.shape[0] >= batch.num_tokens:
         return jobs
-    wanted = np.sort(batch.logits_rows.numpy())
+    watched = batch.watch.seqs if batch.watch is not None else ()
+    watched_rows = [batch.query_start_host[seq + 1] - 1 for seq in watched]
+    wanted = np.sort(np.append(batch.logits_rows.numpy(), np.array(watched_rows, np.int64)))
     begin = np.searchsorted(wanted, jobs[:, 1])
     end = np.searchsorted(wanted, jobs[:, 1] + jobs[:, 2])
     some = begin < end

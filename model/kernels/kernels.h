@@ -85,8 +85,9 @@ typedef struct {
     const int64_t *context_lens;        /* (num_seqs) */
     const int64_t *tables;              /* (num_seqs, max_blocks) */
     const int64_t *logits_rows;         /* (num_logits) */
-    void *hidden;                       /* (num_tokens, hidden_size): embeddings in, residuals out */
-    void *normed, *qkv, *mixed, *gated; /* scratch, (num_tokens, ...) each */
+    void *hidden;                       /* (num_tokens, hidden_size): embeddings in; overwritten */
+    /* Scratch, (num_tokens, ...) each; in the end qkv and normed hold the wanted rows alone. */
+    void *normed, *qkv, *mixed, *gated;
     void *panels;                       /* INT8: scratch, (num_threads, 64 max in_features) bf16 */
     float *logits;                      /* (num_logits, vocab_size) */
     const Watch *watch;                 /* or NULL */

@@ -66,7 +66,7 @@ INLINE void store(void *base, int64_t at, vec v, int is_bf16) {
         memcpy((float *)base + at, &v, sizeof v);
         return;
     }
-#if defined(__AVX512BF16__) /* the same but for numbers below 2^-126, which it makes zero */
+#if defined(__AVX512BF16__) /* the same, but what lies between -2^-126 and 2^-126 becomes zero */
     const hvec h = (hvec)_mm512_cvtneps_pbh((__m512)v);
 #else
     uvec bits = (uvec)v;

@@ -212,6 +212,7 @@ def test_compiled_code_and_its_twin_find_the_same(vocab_size: int) -> None:
 @torch.inference_mode()
 def test_a_query_after_which_nothing_is_drawn_has_no_next_token() -> None:
     company = Company([list(range(20)), [7, 8]], [20, 2], [[0, 1], [2]], 16)
+    sums = []
     for make in (CompiledForward, eager_forward):
         cache = KVCache.allocate(TINY_COMPILED, num_blocks=3, block_size=16, dtype=torch.float32)
         watching = company.watch(TINY_COMPILED, {0: [], 1: []})
@@ -220,6 +221,8 @@ def test_a_query_after_which_nothing_is_drawn_has_no_next_token() -> None:
         assert first.next == []
         assert len(first.mean.positions) == 8
         assert len(second.next) == 5
+        sums.append(watching.sums)
+    assert (sums[0] - sums[1]).abs().max() <= 2e-5, "of every layer, the last one too"
 
 
 def test_the_strongest_positions_first_and_none_that_got_nothing() -> None:

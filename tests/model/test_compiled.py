@@ -152,7 +152,7 @@ def test_rows_that_nobody_wants_are_left_out_and_change_no_bit(
 ) -> None:
     """Behind the last layer's attention only the wanted rows go on: of some sequences none, of
     others a few, in any order. Keys and values are everybody's."""
-    shape = config(window=window)
+    shape = dataclasses.replace(config(), sliding_windows=(None, window))
     model = random_model(shape).to(dtype)
     starts = [0, *accumulate(lengths)]
     contexts = [cached + length for length in lengths]
