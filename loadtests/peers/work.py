@@ -86,21 +86,25 @@ def from_stamps(
 ) -> Measurement:
     """The one definition of every rate, from when each token of each sequence came.
 
-    Prefill is over when the last sequence has its first token. Decode tokens/s counts the
-    tokens after that moment over the time after it, so prefill work never slows it;
-    end-to-end counts all tokens over all the time. Where some tokens come unseen
-    (`all_visible` false: a server that withholds half a character) decode is not told.
+    Prefill is over when the last sequence has its first token. Decode tokens/s counts what all
+    sequences write together, from that moment until the first of them ends: neither prefill work
+    nor a batch that empties, because some began sooner, slows it. end-to-end counts all tokens over
+    all the time. Where some tokens come unseen (`all_visible` false: a server that withholds half
+    a character), or one ends before the last begins, decode is not told.
     """
     batch = len(stamps)
     if any(not of_one for of_one in stamps):
         raise PeerError("a sequence ended without a token")
     prefilled = max(of_one[0] for of_one in stamps)
+    first_end = min(of_one[-1] for of_one in stamps)
     ended = max(of_one[-1] for of_one in stamps)
-    after = sum(stamp > prefilled for of_one in stamps for stamp in of_one)
+    together = sum(prefilled < stamp <= first_end for of_one in stamps for stamp in of_one)
     gaps = [1e3 * (b - a) for of_one in stamps for a, b in itertools.pairwise(of_one)]
     return Measurement(
         batch=batch,
-        decode_tokens_per_s=after / (ended - prefilled) if after and all_visible else None,
+        decode_tokens_per_s=(
+            together / (first_end - prefilled) if together and all_visible else None
+        ),
         prefill_tokens_per_s=batch * work.prompt_tokens / (prefilled - began),
         end_to_end_tokens_per_s=batch * output_tokens / (ended - began),
         ttft_p50_ms=1e3 * statistics.median(of_one[0] - began for of_one in stamps),
