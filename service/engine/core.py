@@ -237,10 +237,10 @@ class EngineCore:
         return None
 
     def _schedule(self) -> list[Scheduled]:
-        num_decoding, num_starting = self.scheduler.num_by_phase
-        if not num_starting:  # then the pace has nothing to say, and takes its time
+        phases = self.scheduler.phases
+        if not phases.starting:  # then the pace has nothing to say, and takes its time
             return self.scheduler.schedule()
-        return self.scheduler.schedule(self.pace.prompt_tokens(num_decoding, num_starting))
+        return self.scheduler.schedule(self.pace.prompt_tokens(phases))
 
     def _profile(self, scheduled: list[Scheduled], flight: _Flight) -> None:
         """What a step is about to compute."""

@@ -13,6 +13,8 @@ from statistics import median
 
 import numpy as np
 
+from service.engine.scheduler import Phases
+
 NUM_REMEMBERED = 8
 # Less would cost more in steps than it saves in waiting.
 FEWEST_TOKENS = 16
@@ -48,21 +50,21 @@ class PromptPace:
         else:
             self._token_s.append(ALONE * step_s / num_prompt_tokens)
 
-    def prompt_tokens(self, num_decoding: int, num_starting: int) -> int | None:
+    def prompt_tokens(self, phases: Phases) -> int | None:
         """How many a step with decodes may take; None: no bound, or nothing is known yet.
 
-        num_decoding: sequences that write, and wait for the step.
-        num_starting: sequences with a seat that wait for their first token. Where they are more
-            than half of the others, the bound grows with their share: after a burst of requests,
-            small chunks would keep many from beginning for the sake of few.
+        Where more sequences wait to begin than half of those that are settled, the bound grows
+        with their share: small chunks would keep many from beginning for the sake of few. Where
+        none is settled there is no bound: those that write came with those that wait, and all of
+        a burst is done sooner when it begins together.
         """
         if not self._max_step_ratio or not self._decode_s or not self._token_s:
             return None
         token_s = max(self._token_s)  # a late chunk of a long prompt costs more than an early one
-        if not num_decoding or token_s <= 0:
+        if not phases.settled or token_s <= 0:
             return None
-        ratio = self._max_step_ratio * max(1.0, 2 * num_starting / num_decoding)
-        wanted = (ratio - 1) * self._decodes_alone_s(num_decoding) / token_s
+        ratio = self._max_step_ratio * max(1.0, 2 * phases.starting / phases.settled)
+        wanted = (ratio - 1) * self._decodes_alone_s(phases.decoding) / token_s
         return max(FEWEST_TOKENS, int(wanted))
 
     def _decodes_alone_s(self, num_decodes: int) -> float:

@@ -22,6 +22,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from service.engine.blocks import BlockPool
 from service.engine.sequence import Sequence
@@ -29,6 +30,9 @@ from service.engine.sequence import Sequence
 # Steps that must fit before twice as many tokens are tried again; longer after each failure.
 FIRST_PATIENCE = 64
 MAX_PATIENCE = 2**14
+# Tokens after which a sequence writes at a pace that a prompt beside it would break. Of a burst
+# whose prompts take as many steps, the first have no more when the last begins.
+SETTLED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,14 @@ class Limits:
                 f"max_batched_tokens {self.max_batched_tokens} is less than max_num_seqs "
                 f"{self.max_num_seqs}: a step could not give every sequence its one token"
             )
+
+
+class Phases(NamedTuple):
+    """Numbers of sequences."""
+
+    starting: int  # have a seat, or would get one, and wait for their first token
+    decoding: int  # write, and wait for each step
+    settled: int  # of these, have written at least `SETTLED` tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +106,15 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     @property
-    def num_by_phase(self) -> tuple[int, int]:
-        """Sequences that write, and those that have a seat or would get one and wait for their
-        first token."""
-        num_decoding = sum(is_decode(sequence) for sequence in self.running)
-        seats = self.limits.max_num_seqs - num_decoding
-        return num_decoding, min(len(self.running) - num_decoding + len(self.waiting), seats)
+    def phases(self) -> Phases:
+        """How far the sequences are."""
+        decoding = [sequence for sequence in self.running if is_decode(sequence)]
+        seats = self.limits.max_num_seqs - len(decoding)
+        return Phases(
+            starting=min(len(self.running) - len(decoding) + len(self.waiting), seats),
+            decoding=len(decoding),
+            settled=sum(sequence.num_output >= SETTLED for sequence in decoding),
+        )
 
     def refusal(self, num_prompt: int, max_tokens: int) -> str | None:
         """Why a sequence of these lengths could never run, or None when it could."""

@@ -4,34 +4,39 @@ from __future__ import annotations
 
 from service.engine.blocks import BlockPool
 from service.engine.pace import FEWEST_TOKENS, PromptPace
-from service.engine.scheduler import Limits, Scheduler
+from service.engine.scheduler import SETTLED, Limits, Phases, Scheduler
 from tests.engine.test_scheduler import make_sequence
+
+
+def among(num_decoding: int, num_starting: int) -> Phases:
+    """All that write have done so for long."""
+    return Phases(starting=num_starting, decoding=num_decoding, settled=num_decoding)
 
 
 def test_nothing_known_is_no_bound() -> None:
     pace = PromptPace(2.5)
-    assert pace.prompt_tokens(8, 1) is None
+    assert pace.prompt_tokens(among(8, 1)) is None
     pace.stepped(1.0, 0, 1000)
-    assert pace.prompt_tokens(8, 1) is None, "no decode was seen"
+    assert pace.prompt_tokens(among(8, 1)) is None, "no decode was seen"
 
 
 def test_the_bound_is_what_the_measured_costs_allow() -> None:
     pace = PromptPace(2.5)
     pace.stepped(1.0, 0, 2000)  # 0.5 ms a token, 1 ms beside others
     pace.stepped(0.1, 8, 0)
-    assert pace.prompt_tokens(8, 1) == 150  # 0.1 s and 1.5 x 0.1 s
+    assert pace.prompt_tokens(among(8, 1)) == 150  # 0.1 s and 1.5 x 0.1 s
     pace.stepped(0.4, 8, 150)  # it turns out to be 2 ms a token
-    assert pace.prompt_tokens(8, 1) == 75
+    assert pace.prompt_tokens(among(8, 1)) == 75
     for _ in range(20):
         pace.stepped(0.25, 8, 150)
-    assert pace.prompt_tokens(8, 1) == 150
+    assert pace.prompt_tokens(among(8, 1)) == 150
 
 
 def test_there_is_always_room_for_some() -> None:
     pace = PromptPace(1.0)
     pace.stepped(1.0, 0, 100)
     pace.stepped(0.001, 8, 0)
-    assert pace.prompt_tokens(8, 1) == FEWEST_TOKENS
+    assert pace.prompt_tokens(among(8, 1)) == FEWEST_TOKENS
 
 
 def test_a_step_is_compared_with_as_many_decodes() -> None:
@@ -42,7 +47,7 @@ def test_a_step_is_compared_with_as_many_decodes() -> None:
     for _ in range(20):
         pace.stepped(0.01, 1, 0)
         pace.stepped(0.07, 31, 0)
-    bounds = [pace.prompt_tokens(n, 1) for n in (1, 11, 21, 31, 64)]
+    bounds = [pace.prompt_tokens(among(n, 1)) for n in (1, 11, 21, 31, 64)]
     assert bounds == [30, 30, 50, 70, 70]
 
 
@@ -50,27 +55,50 @@ def test_it_grows_where_many_wait_to_begin() -> None:
     pace = PromptPace(2.0)
     pace.stepped(1.0, 0, 2000)
     pace.stepped(0.1, 8, 0)
-    assert [pace.prompt_tokens(8, n) for n in (1, 4, 8, 32)] == [100, 100, 300, 1500]
+    assert [pace.prompt_tokens(among(8, n)) for n in (1, 4, 8, 32)] == [100, 100, 300, 1500]
+
+
+def test_those_that_came_together_begin_together() -> None:
+    pace = PromptPace(2.0)
+    pace.stepped(1.0, 0, 2000)
+    pace.stepped(0.1, 8, 0)
+    assert pace.prompt_tokens(Phases(starting=1, decoding=8, settled=0)) is None
+    assert pace.prompt_tokens(Phases(starting=1, decoding=8, settled=8)) == 100
+    few_settled = Phases(starting=4, decoding=8, settled=2)
+    assert pace.prompt_tokens(few_settled) == 700, "the one bound grows with the other's share"
+
+
+def test_who_has_written_enough_is_settled() -> None:
+    scheduler = Scheduler(Limits(4, 512, 1024), BlockPool(64, 16))
+    scheduler.add(make_sequence(0, [1] * 20, 50))
+    for num_output in range(SETTLED):
+        assert scheduler.phases.settled == 0, num_output
+        for item in scheduler.schedule():
+            scheduler.computed(scheduler.launched(item))
+            item.sequence.token_ids.append(1)
+    assert scheduler.phases == Phases(starting=0, decoding=1, settled=1)
+    scheduler.add(make_sequence(1, [2] * 20, 50))
+    assert scheduler.phases == Phases(starting=1, decoding=1, settled=1)
 
 
 def test_only_those_with_a_seat_wait_to_begin() -> None:
     scheduler = Scheduler(Limits(4, 512, 1024), BlockPool(64, 16))
     for number in range(9):
         scheduler.add(make_sequence(number, [1] * 20, 50))
-    assert scheduler.num_by_phase == (0, 4)
+    assert scheduler.phases == Phases(starting=4, decoding=0, settled=0)
     for item in scheduler.schedule():
         scheduler.computed(scheduler.launched(item))
         item.sequence.token_ids.append(1)
-    assert scheduler.num_by_phase == (4, 0), "all seats are taken"
+    assert scheduler.phases.starting == 0, "all seats are taken"
     scheduler.remove(scheduler.running[0])
-    assert scheduler.num_by_phase == (3, 1)
+    assert scheduler.phases == Phases(starting=1, decoding=3, settled=0)
 
 
 def test_zero_does_not_bound() -> None:
     pace = PromptPace(0.0)
     pace.stepped(1.0, 0, 1000)
     pace.stepped(0.1, 8, 0)
-    assert pace.prompt_tokens(8, 1) is None
+    assert pace.prompt_tokens(among(8, 1)) is None
 
 
 def test_the_bound_holds_beside_decodes_only() -> None:
