@@ -2,24 +2,21 @@
 
 Where the engine computes with as many threads as there are cores, everybody waits for its main
 thread: between two forwards it alone works, and the core of another is free. The system does not
-know that. It wakes the API where the message came from, on that very core (loadtests/NOTES.md).
-Linux; elsewhere nothing is done.
+know that. It wakes the API where the message came from, on that very core (loadtests/NOTES.md). So
+the message says which it is (`StepOutput.cpu`), and the API leaves it. Linux; elsewhere nothing is
+done.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from contextlib import suppress
-from pathlib import Path
 
 log = logging.getLogger("vitrine.engine")
 
-_PROCESSOR = 36  # of the fields of /proc/PID/stat behind the name; proc(5) counts from 1 and has 39
-
 
 class OwnCore:
-    """Looks where the engine is, and has this process step aside."""
+    """The cores of the thread that calls: the event loop's. What other threads it has rest."""
 
     def __init__(self) -> None:
         self._cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set[int]()
@@ -30,14 +27,14 @@ class OwnCore:
         """Cores that this process was given."""
         return len(self._cores)
 
-    def leave_to(self, pid: int) -> None:
-        """Run on other cores than the main thread of `pid` from now on, if there are others."""
-        if len(self._cores) < 2 or (core := core_of(pid)) is None or core == self._avoided:
+    def leave(self, core: int | None) -> None:
+        """Run on other cores than this from now on, if there are others. None: nobody says."""
+        if len(self._cores) < 2 or core is None or core == self._avoided:
             return
         self._run_on(self._cores - {core})
         self._avoided = core
 
-    def leave_to_none(self) -> None:
+    def leave_none(self) -> None:
         """Run anywhere. To be called before a process is started that is to have all cores: it
         inherits what this one may."""
         if self._avoided is not None and self._cores:
@@ -45,20 +42,9 @@ class OwnCore:
             self._avoided = None
 
     def _run_on(self, cores: set[int]) -> None:
-        """All threads. Where the system does not let us, or took cores away, all stays as it is."""
+        """Where the system does not let us, or took cores away, all stays as it is."""
         try:
-            for thread in Path("/proc/self/task").iterdir():
-                with suppress(ProcessLookupError):
-                    os.sched_setaffinity(int(thread.name), cores)
+            os.sched_setaffinity(0, cores)
         except OSError as error:
             log.warning("the API process stays where the system puts it: %s", error)
             self._cores = set()
-
-
-def core_of(pid: int) -> int | None:
-    """The core on which the main thread of a process ran last; None where nobody says."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    return int(stat.rpartition(")")[2].split()[_PROCESSOR])

@@ -183,7 +183,7 @@ class Supervisor:
         if standby is not None:
             await asyncio.to_thread(standby.end, 0.0)
         await self._end_engine(grace_s)
-        self._own_core.leave_to_none()
+        self._own_core.leave_none()
         self.phase = "stopped"
 
     def _broke_off(self, task: asyncio.Task[None]) -> None:
@@ -247,8 +247,6 @@ class Supervisor:
                 if verdict.done() or not is_alive:
                     death = verdict.result() if verdict.done() else None
                     return death or await self._exit_of(engine)
-                if self._is_crowded:
-                    self._own_core.leave_to(engine.process.pid)
                 limit_s = self.stall_s * (START_SILENCE if self._ready_at is None else 1)
                 if self.heartbeat_age_s > limit_s:
                     return Death("stall", f"was not heard for {self.heartbeat_age_s:.1f} s")
@@ -283,7 +281,7 @@ class Supervisor:
         return info.threads >= self._own_core.count > 1
 
     def _spawn(self) -> EngineProcess:
-        self._own_core.leave_to_none()
+        self._own_core.leave_none()
         return EngineProcess.spawn()
 
     async def _next_engine(self) -> EngineProcess:
@@ -299,6 +297,8 @@ class Supervisor:
         self._heard_at = time.monotonic()
         if isinstance(message, StepOutput):
             self._computed = self._computed or bool(message.outputs)
+            if self._is_crowded:
+                self._own_core.leave(message.cpu)
             self._listener.engine_stepped(message)
         elif isinstance(message, ExplainPart | Explained):
             self._computed = True

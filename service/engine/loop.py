@@ -43,6 +43,7 @@ from service.engine.messages import (
 )
 from service.engine.outbox import Outbox
 from service.engine.recorder import Recorder
+from service.engine.this_cpu import this_cpu
 from service.garbage import keep_what_is_there
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def serve(channel: Channel) -> None:
             core.scheduler.pool.check()
         due = outbox.due(len(core.scheduler.running))
         if due or not core.has_work:
-            send(channel, outbox.take(due, core.stats()))
+            send(channel, outbox.take(due, core.stats(), this_cpu()))
         if stepped:
             guests.after_step(is_last=not core.has_work)
         elif guests.has_work:

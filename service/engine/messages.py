@@ -180,6 +180,7 @@ class StepOutput(msgspec.Struct, frozen=True, tag=True):
     outputs: list[SequenceOutput]
     stats: EngineStats
     steps: list[StepRecord] = []  # that computed something since the last message
+    cpu: int | None = None  # that the engine's main thread was on; None: nobody says
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):

@@ -65,7 +65,9 @@ class Outbox:
         self._told_at = now_s
         return list(self._waiting)
 
-    def take(self, sequence_ids: list[int], stats: EngineStats) -> StepOutput:
+    def take(
+        self, sequence_ids: list[int], stats: EngineStats, cpu: int | None = None
+    ) -> StepOutput:
         """What there is of these, to be sent now, and every step's record."""
         outputs = [self._waiting.pop(sequence_id) for sequence_id in sequence_ids]
         self._urgent.difference_update(sequence_ids)
@@ -75,7 +77,7 @@ class Outbox:
             else:
                 self._known.discard(output.id)
         records, self._records = self._records, []
-        return StepOutput(outputs, stats, records)
+        return StepOutput(outputs, stats, records, cpu)
 
 
 def is_plain(output: SequenceOutput) -> bool:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from service.own_core import OwnCore, core_of
+from service.engine.this_cpu import this_cpu
+from service.own_core import OwnCore
 from tests.servers import running_server
 
 CORES = os.sched_getaffinity(0)
@@ -23,39 +21,28 @@ several_cores = pytest.mark.skipif(len(CORES) < 2, reason="there is one core onl
 def own_core() -> Iterator[OwnCore]:
     made = OwnCore()
     yield made
-    made.leave_to_none()
+    made.leave_none()
 
 
 @several_cores
-def test_it_follows_the_other_with_all_its_threads(own_core: OwnCore) -> None:
-    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    seen: list[set[int]] = []
-    leave = threading.Event()
+def test_it_leaves_the_core_it_is_told_of(own_core: OwnCore) -> None:
+    for core in (min(CORES), max(CORES)):
+        own_core.leave(core)
+        assert os.sched_getaffinity(0) == CORES - {core}
+        own_core.leave(None)
+        assert os.sched_getaffinity(0) == CORES - {core}, "nothing was said"
+    own_core.leave_none()
+    assert os.sched_getaffinity(0) == CORES
 
-    def stand_by() -> None:
-        leave.wait()
-        seen.append(os.sched_getaffinity(0))
 
-    bystander = threading.Thread(target=stand_by)
-    bystander.start()
+@several_cores
+def test_a_thread_knows_where_it_is() -> None:
     try:
-        for core in (min(CORES), max(CORES)):
-            os.sched_setaffinity(other.pid, {core})
-            deadline = time.monotonic() + 10
-            while core_of(other.pid) != core:
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
-            own_core.leave_to(other.pid)
-            assert os.sched_getaffinity(0) == CORES - {core}
-        leave.set()
-        bystander.join()
-        assert seen == [CORES - {core}], "a thread stayed behind"
-        own_core.leave_to_none()
-        assert os.sched_getaffinity(0) == CORES
+        for cpu in CORES:
+            os.sched_setaffinity(0, {cpu})
+            assert this_cpu() == cpu
     finally:
-        leave.set()
-        other.kill()
-        other.wait()
+        os.sched_setaffinity(0, CORES)
 
 
 @several_cores
@@ -71,8 +58,8 @@ def test_what_the_system_refuses_is_not_tried_again(
     with monkeypatch.context() as patched:
         patched.setattr(os, "sched_setaffinity", refuse)
         for _ in range(3):
-            own_core.leave_to(os.getpid())
-            own_core.leave_to_none()
+            own_core.leave(min(CORES))
+            own_core.leave_none()
     assert len(asked) == 1
 
 
@@ -81,17 +68,10 @@ def test_on_one_core_there_is_nowhere_to_go(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {min(CORES)})
     monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: asked.append(cores))
     alone = OwnCore()
-    alone.leave_to(os.getpid())
-    alone.leave_to_none()
+    alone.leave(min(CORES))
+    alone.leave_none()
     assert alone.count == 1
     assert not asked
-
-
-def test_nobody_there_is_nobody_to_avoid(own_core: OwnCore) -> None:
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    own_core.leave_to(gone.pid)
-    assert os.sched_getaffinity(0) == CORES
 
 
 @several_cores
