@@ -167,7 +167,8 @@ def sweep(given: argparse.Namespace) -> None:
     points = [(n, 128) for n in (1, 2, 4, 8, 16, 32, 64)]
     points += [(8, context) for context in (256, 512, 1024, 2048) if context <= shape.max_positions]
     traffic = traffic_of(shape, dtype, int8=given.dtype == "int8")
-    # Prompts in whole steps: in small chunks the first sequences are done before the last begin.
+    # Prompts in whole steps: in small chunks the first sequences are done before the last begin,
+    # where they are too many to begin together.
     longest = min(max(c for _, c in points) + ANSWER, shape.max_positions)
     core = engine(given, longest, 64, max_step_ratio=0.0)
     rng, rows = random.Random(given.seed), []

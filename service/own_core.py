@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
+from pathlib import Path
 
 log = logging.getLogger("vitrine.engine")
 
 
 class OwnCore:
-    """The cores of the thread that calls: the event loop's. What other threads it has rest."""
+    """Has this process step aside."""
 
     def __init__(self) -> None:
         self._cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set[int]()
@@ -42,9 +44,12 @@ class OwnCore:
             self._avoided = None
 
     def _run_on(self, cores: set[int]) -> None:
-        """Where the system does not let us, or took cores away, all stays as it is."""
+        """All threads: what one of them starts inherits where it may run. Where the system does
+        not let us, or took cores away, all stays as it is."""
         try:
-            os.sched_setaffinity(0, cores)
+            for thread in Path("/proc/self/task").iterdir():
+                with suppress(ProcessLookupError):
+                    os.sched_setaffinity(int(thread.name), cores)
         except OSError as error:
             log.warning("the API process stays where the system puts it: %s", error)
             self._cores = set()

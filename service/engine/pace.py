@@ -1,8 +1,9 @@
 """How many prompt tokens a step may take beside running streams.
 
-A chunk of a prompt makes a step longer, and every running stream waits for the step. The
-bound is a ratio, not a number of tokens: machines and models differ a thousandfold in what a
-token costs, and both costs are seen here in every step anyway. Chunks change no token
+A chunk of a prompt makes a step longer, and every running stream waits for the step. So there is
+a bound, for the sake of streams that have been writing for a while (`SETTLED`, scheduler.py). It is
+a ratio, not a number of tokens: machines and models differ a thousandfold in what a token
+costs, and both costs are seen here in every step anyway. Chunks change no token
 (README, "The same tokens in any company"), so the measured times may decide.
 """
 
@@ -53,17 +54,17 @@ class PromptPace:
     def prompt_tokens(self, phases: Phases) -> int | None:
         """How many a step with decodes may take; None: no bound, or nothing is known yet.
 
-        Where more sequences wait to begin than half of those that are settled, the bound grows
-        with their share: small chunks would keep many from beginning for the sake of few. Where
-        none is settled there is no bound: those that write came with those that wait, and all of
-        a burst is done sooner when it begins together.
+        Where none of those that write is settled there is no bound: they came with those that
+        wait, and all of a burst is done sooner when it begins together. Where more wait to begin
+        than half of those that write, the bound grows with their share: after a larger burst
+        small chunks would keep many from beginning for the sake of few.
         """
         if not self._max_step_ratio or not self._decode_s or not self._token_s:
             return None
         token_s = max(self._token_s)  # a late chunk of a long prompt costs more than an early one
         if not phases.settled or token_s <= 0:
             return None
-        ratio = self._max_step_ratio * max(1.0, 2 * phases.starting / phases.settled)
+        ratio = self._max_step_ratio * max(1.0, 2 * phases.starting / phases.decoding)
         wanted = (ratio - 1) * self._decodes_alone_s(phases.decoding) / token_s
         return max(FEWEST_TOKENS, int(wanted))
 

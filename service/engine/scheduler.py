@@ -30,8 +30,8 @@ from service.engine.sequence import Sequence
 # Steps that must fit before twice as many tokens are tried again; longer after each failure.
 FIRST_PATIENCE = 64
 MAX_PATIENCE = 2**14
-# Tokens after which a sequence writes at a pace that a prompt beside it would break. Of a burst
-# whose prompts take as many steps, the first have no more when the last begins.
+# Tokens after which a sequence writes at a pace that prompts beside it would break. A burst whose
+# prompts are no more than as many whole steps begins before its first sequences have written them.
 SETTLED = 8
 
 

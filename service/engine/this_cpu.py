@@ -14,5 +14,7 @@ def this_cpu() -> int | None:
     return number if number >= 0 else None
 
 
-# sched_getcpu(3). `os` does not have it.
-_sched_getcpu = ctypes.CDLL(None).sched_getcpu if sys.platform == "linux" else None
+# sched_getcpu(3), which `os` does not have.
+_sched_getcpu = (
+    getattr(ctypes.PyDLL(None), "sched_getcpu", None) if sys.platform == "linux" else None
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,14 +26,29 @@ def own_core() -> Iterator[OwnCore]:
 
 
 @several_cores
-def test_it_leaves_the_core_it_is_told_of(own_core: OwnCore) -> None:
-    for core in (min(CORES), max(CORES)):
-        own_core.leave(core)
-        assert os.sched_getaffinity(0) == CORES - {core}
-        own_core.leave(None)
-        assert os.sched_getaffinity(0) == CORES - {core}, "nothing was said"
-    own_core.leave_none()
-    assert os.sched_getaffinity(0) == CORES
+def test_it_leaves_the_core_it_is_told_of_with_all_its_threads(own_core: OwnCore) -> None:
+    seen: list[set[int]] = []
+    leave = threading.Event()
+
+    def stand_by() -> None:
+        leave.wait()
+        seen.append(os.sched_getaffinity(0))
+
+    bystander = threading.Thread(target=stand_by)
+    bystander.start()
+    try:
+        for core in (min(CORES), max(CORES)):
+            own_core.leave(core)
+            assert os.sched_getaffinity(0) == CORES - {core}
+            own_core.leave(None)
+            assert os.sched_getaffinity(0) == CORES - {core}, "nothing was said"
+        leave.set()
+        bystander.join()
+        assert seen == [CORES - {core}], "a thread stayed behind"
+        own_core.leave_none()
+        assert os.sched_getaffinity(0) == CORES
+    finally:
+        leave.set()
 
 
 @several_cores
@@ -87,6 +103,12 @@ def test_engine_and_standby_have_all_cores_and_the_api_does_not_share_the_engine
         for engine in server.engines():
             assert os.sched_getaffinity(engine.pid) == CORES
             assert all(os.sched_getaffinity(one.id) == CORES for one in engine.threads())
+        for core in (min(CORES), max(CORES)):
+            os.sched_setaffinity(server.engine.pid, {core})  # of its main thread
+            deadline = time.monotonic() + 20
+            while os.sched_getaffinity(server.process.pid) != CORES - {core}:
+                assert time.monotonic() < deadline, f"the engine is on core {core}, and so is it"
+                time.sleep(0.05)
         server.engine.kill()
         assert server.generate({"prompt": "Once", "max_tokens": 4})
         for engine in server.engines():
