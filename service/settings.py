@@ -68,9 +68,9 @@ class ModelSettings(CommandSettings):
         2.0,
         ge=0,
         le=1000,
-        description="beside streams that have written eight tokens, prompts come in chunks that "
-        "make a step about so many times as long at most, and longer where more requests begin "
-        "than run; 0: whole budgets",
+        description="prompts that come while streams write are taken in chunks that make a step "
+        "about so many times as long at most, and longer where more requests begin than run; "
+        "0: whole budgets",
     )
     kv_cache_gb: float | None = Field(
         None, gt=0, description="memory for keys and values in GiB; without it, chosen by need"

@@ -16,6 +16,7 @@ of that sequence too many, which is thrown away when step 2 is booked.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 
@@ -361,6 +362,8 @@ class EngineCore:
             if matcher.error is not None:
                 return self._fail(sequence, matcher.error)
         sequence.token_ids[place] = token_id
+        if sequence.began_at == math.inf:
+            sequence.began_at = time.monotonic()
         self._generated_tokens += 1
         if num_output > sequence.sampling.min_tokens and (is_eos or token_id in stop_ids):
             finish_reason, stop_token_id = "stop", token_id

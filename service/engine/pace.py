@@ -1,10 +1,10 @@
 """How many prompt tokens a step may take beside running streams.
 
 A chunk of a prompt makes a step longer, and every running stream waits for the step. So there is
-a bound, for the sake of streams that have been writing for a while (`SETTLED`, scheduler.py). It is
-a ratio, not a number of tokens: machines and models differ a thousandfold in what a token
-costs, and both costs are seen here in every step anyway. Chunks change no token
-(README, "The same tokens in any company"), so the measured times may decide.
+a bound, for the sake of streams that were there before (`Scheduler.phases`). It is a ratio, not a
+number of tokens: machines and models differ a thousandfold in what a token costs, and both costs
+are seen here in every step anyway. Chunks change no token (README, "The same tokens in any
+company"), so the measured times may decide.
 """
 
 from __future__ import annotations

@@ -30,8 +30,11 @@ from service.engine.sequence import Sequence
 # Steps that must fit before twice as many tokens are tried again; longer after each failure.
 FIRST_PATIENCE = 64
 MAX_PATIENCE = 2**14
-# Tokens after which a sequence writes at a pace that prompts beside it would break. A burst whose
-# prompts are no more than as many whole steps begins before its first sequences have written them.
+# A sequence that came so many seconds after another's first token came later. What came during that
+# step is taken up after it, and that of a burst (burst.py) within a few milliseconds.
+LATER_S = 0.01
+# Tokens after which a sequence waits no longer for those that did not come later. A burst of no more
+# whole steps of prompts than that begins before its first sequences have written them.
 SETTLED = 8
 
 
@@ -56,7 +59,7 @@ class Phases(NamedTuple):
 
     starting: int  # have a seat, or would get one, and wait for their first token
     decoding: int  # write, and wait for each step
-    settled: int  # of these, have written at least `SETTLED` tokens
+    settled: int  # of these, are not to wait for the next prompt: see `Scheduler.phases`
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +110,17 @@ class Scheduler:
 
     @property
     def phases(self) -> Phases:
-        """How far the sequences are."""
+        """How far the sequences are. Who writes is settled if whoever is next to begin came later,
+        or if it has written `SETTLED` tokens."""
         decoding = [sequence for sequence in self.running if is_decode(sequence)]
+        in_prompt = [sequence for sequence in self.running if not is_decode(sequence)]
         seats = self.limits.max_num_seqs - len(decoding)
-        return Phases(
-            starting=min(len(self.running) - len(decoding) + len(self.waiting), seats),
-            decoding=len(decoding),
-            settled=sum(sequence.num_output >= SETTLED for sequence in decoding),
-        )
+        starting = min(len(in_prompt) + len(self.waiting), seats)
+        if not starting:
+            return Phases(0, len(decoding), len(decoding))
+        before_s = (in_prompt or self.waiting)[0].arrived_at - LATER_S
+        settled = sum(one.began_at < before_s or one.num_output >= SETTLED for one in decoding)
+        return Phases(starting, len(decoding), settled)
 
     def refusal(self, num_prompt: int, max_tokens: int) -> str | None:
         """Why a sequence of these lengths could never run, or None when it could."""

@@ -13,6 +13,7 @@ output are still there and are simply computed again.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from model.sampling_params import SamplingParams
@@ -40,6 +41,7 @@ class Sequence:
     cached_prompt_tokens: int | None = None  # None until first admitted
     arrived_at: float = 0.0
     started_at: float | None = None
+    began_at: float = math.inf  # when its first token was read
     explain: list[tuple[int, int]] | None = None  # see `Submit`
     num_preemptions: int = 0
     seat: int = -1  # where its last token lies on the device; read only while that is UNREAD

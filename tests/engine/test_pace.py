@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from service.engine.blocks import BlockPool
 from service.engine.pace import FEWEST_TOKENS, PromptPace
-from service.engine.scheduler import SETTLED, Limits, Phases, Scheduler
+from service.engine.scheduler import LATER_S, SETTLED, Limits, Phases, Scheduler
 from tests.engine.test_scheduler import make_sequence
 
 
@@ -67,17 +67,54 @@ def test_those_that_came_together_begin_together() -> None:
     assert pace.prompt_tokens(Phases(starting=4, decoding=8, settled=1)) == 100, "it was there"
 
 
-def test_who_has_written_enough_is_settled() -> None:
+def step(scheduler: Scheduler) -> None:
+    for item in scheduler.schedule():
+        samples = item.samples
+        scheduler.computed(scheduler.launched(item))
+        if samples:
+            item.sequence.token_ids.append(1)
+            item.sequence.began_at = 1.0
+
+
+def test_who_has_written_enough_does_not_wait_for_its_own_burst() -> None:
     scheduler = Scheduler(Limits(4, 512, 1024), BlockPool(64, 16))
     scheduler.add(make_sequence(0, [1] * 20, 50))
-    for num_output in range(SETTLED):
-        assert scheduler.phases.settled == 0, num_output
-        for item in scheduler.schedule():
-            scheduler.computed(scheduler.launched(item))
-            item.sequence.token_ids.append(1)
-    assert scheduler.phases == Phases(starting=0, decoding=1, settled=1)
+    step(scheduler)
     scheduler.add(make_sequence(1, [2] * 20, 50))
+    [first], second = scheduler.running, scheduler.waiting[0]
+    second.arrived_at = first.began_at + LATER_S
+    for num_output in range(1, SETTLED):
+        assert first.num_output == num_output
+        assert scheduler.phases == Phases(starting=1, decoding=1, settled=0)
+        first.num_computed += 1
+        first.token_ids.append(1)
     assert scheduler.phases == Phases(starting=1, decoding=1, settled=1)
+
+
+def test_who_writes_already_does_not_wait_for_a_burst() -> None:
+    scheduler = Scheduler(Limits(4, 512, 1024), BlockPool(64, 16))
+    scheduler.add(make_sequence(0, [1] * 20, 50))
+    step(scheduler)
+    late = make_sequence(1, [2] * 600, 50)
+    late.arrived_at = scheduler.running[0].began_at + 1.01 * LATER_S
+    scheduler.add(late)
+    assert scheduler.phases == Phases(starting=1, decoding=1, settled=1)
+    step(scheduler)
+    assert late.num_computed == 511, "it is in the middle of its prompt now"
+    assert scheduler.phases == Phases(starting=1, decoding=1, settled=1)
+
+
+def test_whoever_comes_while_a_burst_begins_does_not_break_it_up() -> None:
+    scheduler = Scheduler(Limits(4, 32, 1024), BlockPool(64, 16))
+    for number in (0, 1):
+        scheduler.add(make_sequence(number, [number + 1] * 20, 50))
+    late = make_sequence(2, [3] * 40, 50)
+    late.arrived_at = 2.0
+    scheduler.add(late)
+    step(scheduler)
+    assert scheduler.phases == Phases(starting=2, decoding=1, settled=0)
+    step(scheduler)
+    assert scheduler.phases == Phases(starting=1, decoding=2, settled=2), "its turn comes"
 
 
 def test_only_those_with_a_seat_wait_to_begin() -> None:
@@ -88,7 +125,7 @@ def test_only_those_with_a_seat_wait_to_begin() -> None:
     for item in scheduler.schedule():
         scheduler.computed(scheduler.launched(item))
         item.sequence.token_ids.append(1)
-    assert scheduler.phases == Phases(starting=0, decoding=4, settled=0), "all seats are taken"
+    assert scheduler.phases == Phases(starting=0, decoding=4, settled=4), "all seats are taken"
     scheduler.remove(scheduler.running[0])
     assert scheduler.phases == Phases(starting=1, decoding=3, settled=0)
 
