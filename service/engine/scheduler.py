@@ -33,8 +33,8 @@ MAX_PATIENCE = 2**14
 # A sequence that came so many seconds after another's first token came later. What came during that
 # step is taken up after it, and that of a burst (burst.py) within a few milliseconds.
 LATER_S = 0.01
-# Tokens after which a sequence waits no longer for those that did not come later. A burst that is no
-# more than as many whole steps of prompts begins before its first sequences have written them.
+# Tokens after which a sequence waits no longer for those that did not come later. A burst of up to
+# as many whole steps of prompts begins before its first sequences have written them.
 SETTLED = 8
 
 

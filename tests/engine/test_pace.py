@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from service.engine.blocks import BlockPool
 from service.engine.pace import FEWEST_TOKENS, PromptPace
 from service.engine.scheduler import LATER_S, SETTLED, Limits, Phases, Scheduler
+from tests.engine.engines import make_core, random_model, submit
 from tests.engine.test_scheduler import make_sequence
 
 
@@ -153,3 +156,24 @@ def test_the_bound_holds_beside_decodes_only() -> None:
     first[0].sequence.token_ids.append(1)
     second = scheduler.schedule(70)
     assert [(item.sequence.id, item.num_tokens) for item in second] == [(1, 1), (2, 60), (3, 10)]
+
+
+def test_the_engine_takes_a_burst_whole_and_who_comes_later_in_chunks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    core = make_core(random_model(), max_batched_tokens=128)
+    core.pace = PromptPace(2.0)
+    core.pace.stepped(2.5, 0, 1000)  # 5 ms a token beside others
+    core.pace.stepped(0.1, 2, 0)
+    monkeypatch.setattr(core.pace, "stepped", lambda *_: None)
+    core.add(submit(1, [1] * 30, max_tokens=50, ignore_eos=True))
+    core.step()
+    first = core.sequences[1]
+    core.add(submit(2, [2] * 60, max_tokens=50, ignore_eos=True))
+    core.sequences[2].arrived_at = first.began_at
+    core.step()
+    assert core.last_step.num_tokens == 1 + 60
+    core.add(submit(3, [3] * 60, max_tokens=50, ignore_eos=True))
+    core.sequences[3].arrived_at = first.began_at + 1.0
+    core.step()
+    assert core.last_step.num_tokens == 2 + 20
