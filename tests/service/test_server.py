@@ -46,6 +46,11 @@ def test_streamed_and_whole_answers_are_the_same_text(server: Server) -> None:
 def test_the_api_answers_long_before_the_model_is_loaded(tmp_path: Path) -> None:
     """It must not wait for torch: /health/live first, /health/ready when there is an engine."""
     with running_server(tmp_path, ready=False) as server:
+        api = psutil.Process(server.process.pid)
+        while not (engines := api.children()):
+            assert server.process.poll() is None, server.log.read_text()
+            time.sleep(0.005)
+        engines[0].suspend()  # long before it has torch: it cannot be ready between two requests
         while status(f"{server.url}/health/live") != 200:
             assert server.process.poll() is None, server.log.read_text()
             time.sleep(0.01)
@@ -55,6 +60,7 @@ def test_the_api_answers_long_before_the_model_is_loaded(tmp_path: Path) -> None
         assert "loading" in answer.json()["detail"]
         assert refused.status_code == 503
         assert int(refused.headers["retry-after"]) >= 1
+        engines[0].resume()
         server.wait_ready()
         assert list(server.events(STORY))[-1][0] == "done"
 
