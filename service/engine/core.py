@@ -161,21 +161,7 @@ class EngineCore:
 
     def step_record(self) -> StepRecord | None:
         """The last step for whoever keeps the books of all; None when it computed nothing."""
-        last = self.last_step
-        if not last.num_sequences:
-            return None
-        return StepRecord(
-            last.num_sequences,
-            last.num_decodes,
-            last.num_tokens,
-            last.step_s,
-            last.schedule_s,
-            last.build_s,
-            last.forward_s,
-            last.sample_s,
-            last.num_bytes,
-            last.flops,
-        )
+        return self.last_step.record() if self.last_step.num_sequences else None
 
     def _refusal(self, request: Submit) -> str | None:
         """The API refuses these at the door; the engine does not rely on it."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from service.engine.messages import StepRecord
+
 
 @dataclass(slots=True)
 class StepProfile:
@@ -32,3 +34,18 @@ class StepProfile:
     def book_s(self) -> float:
         """The rest: tokens appended, ends found, outputs made."""
         return self.host_s - self.schedule_s - self.build_s
+
+    def record(self) -> StepRecord:
+        """What of it is told to whoever keeps the books of all steps."""
+        return StepRecord(
+            self.num_sequences,
+            self.num_decodes,
+            self.num_tokens,
+            self.step_s,
+            self.schedule_s,
+            self.build_s,
+            self.forward_s,
+            self.sample_s,
+            self.num_bytes,
+            self.flops,
+        )

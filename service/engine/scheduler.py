@@ -30,12 +30,12 @@ from service.engine.sequence import Sequence
 # Steps that must fit before twice as many tokens are tried again; longer after each failure.
 FIRST_PATIENCE = 64
 MAX_PATIENCE = 2**14
-# A sequence that came so many seconds after another's first token came later. What came during that
-# step is taken up after it, and that of a burst (burst.py) within a few milliseconds.
-LATER_S = 0.01
+# What came during a step is taken up no more than so many seconds after it (a burst waits for the
+# next of it, burst.py): what is taken up later came later.
+PICKUP_S = 0.01
 # Tokens after which a sequence waits no longer for those that did not come later. A burst of up to
 # as many whole steps of prompts begins before its first sequences have written them.
-SETTLED = 8
+SETTLED_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,15 +111,18 @@ class Scheduler:
     @property
     def phases(self) -> Phases:
         """How far the sequences are. Who writes is settled if whoever is next to begin came later,
-        or if it has written `SETTLED` tokens."""
+        or if it has written `SETTLED_TOKENS`."""
         decoding = [sequence for sequence in self.running if is_decode(sequence)]
-        in_prompt = [sequence for sequence in self.running if not is_decode(sequence)]
         seats = self.limits.max_num_seqs - len(decoding)
-        starting = min(len(in_prompt) + len(self.waiting), seats)
+        starting = min(len(self.running) - len(decoding) + len(self.waiting), seats)
         if not starting:
             return Phases(0, len(decoding), len(decoding))
-        before_s = (in_prompt or self.waiting)[0].arrived_at - LATER_S
-        settled = sum(one.began_at < before_s or one.num_output >= SETTLED for one in decoding)
+        in_prompt = (sequence for sequence in self.running if not is_decode(sequence))
+        first = next(in_prompt, None) or self.waiting[0]
+        settled = sum(
+            one.began_at < first.arrived_at - PICKUP_S or one.num_output >= SETTLED_TOKENS
+            for one in decoding
+        )
         return Phases(starting, len(decoding), settled)
 
     def refusal(self, num_prompt: int, max_tokens: int) -> str | None:

@@ -6,7 +6,7 @@ import pytest
 
 from service.engine.blocks import BlockPool
 from service.engine.pace import FEWEST_TOKENS, PromptPace
-from service.engine.scheduler import LATER_S, SETTLED, Limits, Phases, Scheduler
+from service.engine.scheduler import PICKUP_S, SETTLED_TOKENS, Limits, Phases, Scheduler
 from tests.engine.engines import make_core, random_model, submit
 from tests.engine.test_scheduler import make_sequence
 
@@ -85,8 +85,8 @@ def test_who_has_written_enough_does_not_wait_for_its_own_burst() -> None:
     step(scheduler)
     scheduler.add(make_sequence(1, [2] * 20, 50))
     [first], second = scheduler.running, scheduler.waiting[0]
-    second.arrived_at = first.began_at + LATER_S
-    for num_output in range(1, SETTLED):
+    second.arrived_at = first.began_at + PICKUP_S
+    for num_output in range(1, SETTLED_TOKENS):
         assert first.num_output == num_output
         assert scheduler.phases == Phases(starting=1, decoding=1, settled=0)
         first.num_computed += 1
@@ -99,7 +99,7 @@ def test_who_writes_already_does_not_wait_for_a_burst() -> None:
     scheduler.add(make_sequence(0, [1] * 20, 50))
     step(scheduler)
     late = make_sequence(1, [2] * 600, 50)
-    late.arrived_at = scheduler.running[0].began_at + 1.01 * LATER_S
+    late.arrived_at = scheduler.running[0].began_at + 1.01 * PICKUP_S
     scheduler.add(late)
     assert scheduler.phases == Phases(starting=1, decoding=1, settled=1)
     step(scheduler)
